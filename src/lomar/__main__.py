@@ -1,0 +1,7 @@
+"""`python -m lomar` is the command `lomar`."""
+
+import sys
+
+from lomar.cli import main
+
+sys.exit(main())

@@ -1,0 +1,122 @@
+"""The command `lomar`: command name -> options and function. Torch is imported when a command runs, not before."""
+
+import argparse
+import importlib
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING
+from typing import Any, NoReturn
+
+from lomar import __version__
+from lomar.errors import TrainingError, UserError
+from lomar.options import PretrainOptions, ReconstructOptions, convert, fields_of, flag, suggestion
+
+# name -> its options, and the module whose `command(given) -> exit status` runs it
+COMMANDS: dict[str, tuple[type, str]] = {
+    "pretrain": (PretrainOptions, "lomar.commands.pretrain"),
+    "reconstruct": (ReconstructOptions, "lomar.commands.reconstruct"),
+}
+
+BAD_INPUT = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parser_for(name: str) -> Parser:
+    """The parser of one command, made from its options class; values stay text until `convert` reads them."""
+    options, _ = COMMANDS[name]
+    parser = Parser(
+        prog=f"lomar {name}",
+        description=options.__doc__,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+    )
+    hints = typing.get_type_hints(options)
+    for field in fields_of(options).values():
+        text = field.metadata["help"]
+        if field.metadata["choices"]:
+            text += f": {', '.join(field.metadata['choices'])}"
+        if field.metadata["auto"]:
+            text += f" [{field.metadata['auto']}]"
+        elif field.default not in (MISSING, None, False):
+            default = field.default
+            text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
+        text = text.replace("%", "%%")
+        hint = hints[field.name]
+        if hint is bool:
+            parser.add_argument(flag(field.name), action="store_true", help=text)
+        elif hint == tuple[float, float]:
+            parser.add_argument(flag(field.name), nargs=2, metavar=("MIN", "MAX"), help=text)
+        elif typing.get_origin(hint) is tuple:
+            parser.add_argument(flag(field.name), nargs="+", metavar=field.metadata["metavar"], help=text)
+        else:
+            parser.add_argument(flag(field.name), metavar=field.metadata["metavar"] or None, help=text)
+    return parser
+
+
+def parse(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Option name -> value for the options that were typed.
+
+    Raises:
+        UserError: an option is unknown or has a wrong value.
+    """
+    options, _ = COMMANDS[name]
+    typed, unknown = parser_for(name).parse_known_args(arguments)
+    if unknown:
+        known = [flag(field) for field in fields_of(options)]
+        raise UserError(f"there is no option {unknown[0]}{suggestion(unknown[0].split('=')[0], known)}")
+    return {key: convert(options, key, raw) for key, raw in vars(typed).items()}
+
+
+def overview() -> str:
+    """What `lomar --help` shows."""
+    lines = [f"  {name:<14}{options.__doc__}" for name, (options, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"lomar {__version__}: self-supervised vision transformers by local masked reconstruction",
+            "",
+            "usage: lomar COMMAND [options]      lomar COMMAND --help      lomar --version",
+            "",
+            *lines,
+            "",
+            "A first run:  lomar pretrain --data sample --out run",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 bad input, 128 + n stopped by signal n."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        sys.stdout.write(overview() + "\n")
+        return 0
+    if name in ("-V", "--version"):
+        sys.stdout.write(f"lomar {__version__}\n")
+        return 0
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"there is no command {name!r}{suggestion(name, list(COMMANDS))}; try lomar --help")
+        given = parse(name, arguments[1:])
+        status: int = importlib.import_module(COMMANDS[name][1]).command(given)
+        return status
+    except UserError as error:
+        sys.stderr.write(f"lomar: error: {error}\n")
+        return BAD_INPUT
+    except TrainingError as error:
+        sys.stderr.write(f"lomar: failed: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("lomar: interrupted\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What is chosen when an option is not given, from the data and the hardware, each with its reason.
+
+The rules are plain functions of numbers, so that a reader can check them and a test can fix them.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lomar.data.decode import PixelFormat
+
+PAPER_BASE_LR = 1.5e-4  # for 256 images, at batch 4096 (section 6.1)
+SHORT_RUN_LR = 1e-3  # of an optimiser step; the paper's rate is for hundreds of thousands of steps
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the run computes on.
+
+    Args:
+        device: "cpu" or "cuda".
+        name: what it calls itself.
+        memory_bytes: free memory of one device.
+        cores: processor cores for each process.
+        bf16: whether it multiplies bfloat16 natively.
+    """
+
+    device: str
+    name: str
+    memory_bytes: int
+    cores: int
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value and why."""
+
+    value: Any
+    reason: str
+
+
+def find_hardware(device: str, processes: int) -> Hardware:
+    """The hardware behind "auto", "cpu" or "cuda"."""
+    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    cores = max(1, len(os.sched_getaffinity(0)) // local)
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        free, _ = torch.cuda.mem_get_info()
+        return Hardware("cuda", torch.cuda.get_device_name(), free, cores, torch.cuda.is_bf16_supported())
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Hardware("cpu", f"CPU ({capability})", free, cores, torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def choose(
+    given: Mapping[str, Any], count: int, short_side_px: int, fmt: PixelFormat, hw: Hardware
+) -> dict[str, Choice]:
+    """Name -> choice for each automatic option that is not in `given`.
+
+    Args:
+        given: options that flags, --config and the recipe set.
+        count: images.
+        short_side_px: median shorter side of the images.
+        fmt: their channels and type.
+        hw: where the run computes.
+    """
+    gpu = hw.device == "cuda"
+    choices: dict[str, Choice] = {}
+
+    def settle(name: str, value: Any, reason: str) -> Any:
+        if name in given:
+            return given[name]
+        choices[name] = Choice(value, reason)
+        return value
+
+    settle("device", hw.device, hw.name)
+    settle("precision", "bf16" if hw.bf16 else "fp32", "fast here" if hw.bf16 else "this hardware is slow in bfloat16")
+    settle("channels", fmt.channels, f"the images have {fmt.channels}")
+    imagenet = given.get("channels", fmt.channels) == 3 and fmt.dtype == "uint8"
+    settle(
+        "statistics",
+        "imagenet" if imagenet else "data",
+        "8-bit colour" if imagenet else f"{fmt.channels} channels of {fmt.dtype}: estimated from the images",
+    )
+    settle("model", *_model(count, gpu))
+    image_size, patch_size = _sizes(given, short_side_px, gpu)
+    settle("image_size", *image_size)
+    settle("patch_size", *patch_size)
+    batch = settle("batch_size", *_batch_size(count, gpu))
+    rate = min(2e-3, max(PAPER_BASE_LR, SHORT_RUN_LR * 256 / batch))
+    reason = (
+        "the paper's" if rate == PAPER_BASE_LR else f"{rate * batch / 256:.1e} per step; the paper's is for long runs"
+    )
+    settle("base_lr", float(f"{rate:.3g}"), reason)
+    if "max_steps" in given:
+        choices["epochs"] = Choice(None, "--max-steps is given")
+    else:
+        settle("epochs", *_epochs(count, gpu))
+    workers = min(16, max(1, hw.cores - 1)) if gpu else min(2, hw.cores // 2)
+    settle("workers", workers, f"{hw.cores} cores" + ("" if gpu else ", which the model needs too"))
+    return choices
+
+
+def _model(count: int, gpu: bool) -> tuple[str, str]:
+    if not gpu:
+        return "tiny", "no GPU"
+    size = "tiny" if count < 5_000 else "small" if count < 200_000 else "base"
+    return size, f"{count} images"
+
+
+def _sizes(given: Mapping[str, Any], short_side_px: int, gpu: bool) -> tuple[tuple[int, str], tuple[int, str]]:
+    """Crop and patch side: a grid of about 14 patches, as in the paper, and no needless enlargement."""
+    if "image_size" in given:
+        image = given["image_size"]
+        return (image, ""), (_patch_for(image), f"a grid near the paper's 14x14 at {image} px")
+    if "patch_size" in given:
+        patch = given["patch_size"]
+        return (14 * patch, "a grid of 14x14 patches, as in the paper"), (patch, "")
+    wanted = 224 if gpu else 112
+    image = next((side for side in (224, 112, 56, 28) if side <= min(wanted, short_side_px)), 28)
+    why = f"the images' shorter side is {short_side_px} px"
+    if image == wanted:
+        why = "the paper's" if gpu else "no GPU: a small crop reads fast; a step costs the windows alone"
+    return (image, why), (_patch_for(image), "a grid of 14x14 patches, as in the paper")
+
+
+def _patch_for(image: int) -> int:
+    """The largest usual patch side that divides the crop and leaves 14 patches on a side, or else 7."""
+    fits = [p for p in (16, 14, 8, 4, 2) if image % p == 0]
+    return next((p for least in (14, 7) for p in fits if image // p >= least), 1)
+
+
+def _batch_size(count: int, gpu: bool) -> tuple[int, str]:
+    """A power of two, about 40 steps an epoch, within bounds."""
+    most = 4096 if gpu else 128
+    size = min(most, max(32, 2 ** round(math.log2(max(1, count / 40)))))
+    return size, "the largest worth its time here" if size == most else f"{count} images"
+
+
+def _epochs(count: int, gpu: bool) -> tuple[int, str]:
+    """Passes over the data: small data recurs more often; a processor gets what it can do in an hour or two."""
+    passes, least, most = (1600, 200_000, 400 * 1_281_167) if gpu else (30, 12_800, 300_000)
+    seen = min(max(passes * count, least), most)
+    epochs = max(1, round(seen / count))
+    return epochs, f"{epochs * count:,} crops in all"
+
+
+def micro_batch(per_image_bytes: int, fixed_bytes: int, share: int, hw: Hardware) -> Choice:
+    """Images per forward pass: the largest even split of a process's share that fits half of the free memory.
+
+    Args:
+        per_image_bytes: what the backward pass keeps for one image.
+        fixed_bytes: weights, gradients and optimiser state.
+        share: images of a step that one process handles.
+        hw: where the run computes.
+    """
+    room = max(1, (hw.memory_bytes // 2 - fixed_bytes) // max(1, per_image_bytes))
+    # Beyond this a larger pass is no faster: a GPU is full, a processor's caches are not helped.
+    most = 256 if hw.device == "cuda" else 32
+    passes = math.ceil(share / max(1, min(room, most)))
+    kept = f"{per_image_bytes / 1e6:.0f} MB each, {hw.memory_bytes / 1e9:.0f} GB free"
+    return Choice(math.ceil(share / passes), f"{passes} forward pass{'es' * (passes > 1)} a step; {kept}")

@@ -1,0 +1,107 @@
+"""What a run shows of itself now and then: k-NN or effective rank, reconstructions, curves."""
+
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from lomar.commands.panels import NORMALISED_CAPTION, central_crops, panels
+from lomar.data.decode import PixelFormat
+from lomar.data.loader import centre_crops
+from lomar.data.sources import ImageSource, labelled_split
+from lomar.downstream.features import pooled_features
+from lomar.downstream.knn import effective_rank, knn_top1
+from lomar.figures.curves import learning_curves
+from lomar.figures.png import save_png
+from lomar.figures.reconstruction import figure7
+from lomar.methods.reconstruction import MaskedReconstruction
+from lomar.options import PretrainOptions
+from lomar.training.records import Metrics, Row
+
+RANKED_IMAGES = 2048  # for the effective rank
+PICTURED_IMAGES = 6
+CACHED_BYTES = 2**30  # decoded evaluation images are kept up to this size
+
+
+class Evaluation:
+    """Called with a step; returns named numbers and leaves pictures in the run.
+
+    `knn_top1` (share of 0 to 1) where --eval-data has labels, else `effective_rank` over training images.
+
+    Args:
+        fabric: device and precision.
+        method: what is trained; its encoder is evaluated.
+        source, fmt: the training images.
+        options: of the run.
+        run: the run's folder.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        method: MaskedReconstruction,
+        source: ImageSource,
+        fmt: PixelFormat,
+        options: PretrainOptions,
+        run: Path,
+    ) -> None:
+        self.fabric = fabric
+        self.method = method
+        self.fmt = fmt
+        self.options = options
+        self.run = run
+        self.labelled = labelled_split(options.eval_data, options.seed) if options.eval_data else None
+        self.unlabelled = source.subset(_spread(len(source), RANKED_IMAGES))
+        self.pictured = source.subset(_spread(len(source), PICTURED_IMAGES))
+        self._cache: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, step: int) -> Row:
+        """Named numbers at a step."""
+        with self.fabric.autocast():
+            numbers = self._numbers()
+            self._pictures(step)
+        rows = Metrics.read(self.run / "metrics.jsonl")
+        if rows:
+            learning_curves(rows, self.run / "figures" / "curves.png")
+        return numbers
+
+    def _numbers(self) -> Row:
+        if self.labelled is None:
+            features, good = self._features("unlabelled", self.unlabelled)
+            return {"effective_rank": round(effective_rank(features[good]), 3)}
+        bank, bank_good = self._features("bank", self.labelled.bank)
+        queries, queries_good = self._features("queries", self.labelled.queries)
+        bank_labels = torch.from_numpy(self.labelled.bank_labels)[bank_good]
+        query_labels = torch.from_numpy(self.labelled.query_labels)[queries_good]
+        return {"knn_top1": round(knn_top1(bank[bank_good], bank_labels, queries[queries_good], query_labels), 5)}
+
+    def _features(self, name: str, source: ImageSource) -> tuple[Tensor, Tensor]:
+        """Pooled features float32 (N, D) and good bool (N,); few images stay decoded for the next time."""
+        size_px = self.options.image_size
+        batches = self._cache.get(name)
+        if batches is None:
+            fresh = centre_crops(source, self.fmt, size_px, self.options.workers)
+            item_bytes = self.fmt.channels * size_px**2 * torch.empty(0, dtype=getattr(torch, self.fmt.dtype)).itemsize
+            if len(source) * item_bytes > CACHED_BYTES:
+                return pooled_features(
+                    self.method.architecture.encoder, fresh, self.method.normalise, self.fabric.device
+                )
+            batches = self._cache[name] = list(fresh)
+        return pooled_features(self.method.architecture.encoder, batches, self.method.normalise, self.fabric.device)
+
+    def _pictures(self, step: int) -> None:
+        pixels = central_crops(self.pictured, self.fmt, self.options.image_size)
+        drawn = panels(self.method, pixels, self.options.seed)
+        caption = (
+            f"Step {step}: original, window, masked ({self.options.mask_ratio:.0%} hidden), reconstruction. "
+            + NORMALISED_CAPTION
+        )
+        picture = figure7(drawn, caption)
+        save_png(picture, self.run / "figures" / f"reconstruction-{step:07d}.png")
+        save_png(picture, self.run / "figures" / "reconstruction.png")
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` indices below `count`, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()

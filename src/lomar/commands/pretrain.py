@@ -1,0 +1,420 @@
+"""`lomar pretrain`: a folder of images -> an encoder."""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning_fabric import Fabric
+
+from lomar.commands.automatic import Choice, Hardware, choose, find_hardware, micro_batch
+from lomar.commands.evaluation import Evaluation
+from lomar.data.decode import PixelFormat
+from lomar.data.loader import MicroBatch, pretraining_batches
+from lomar.data.sources import ImageSource, open_source
+from lomar.data.survey import Survey, channel_statistics, survey
+from lomar.errors import UserError
+from lomar.figures.curves import learning_curves
+from lomar.files import write_atomically
+from lomar.interop.weights import ENCODER_FILE, RECONSTRUCTOR_FILE, save_encoder, save_reconstructor
+from lomar.methods.recipes import RECIPES, Composition
+from lomar.methods.reconstruction import MaskedReconstruction, ViewsAndMask
+from lomar.model import SIZES
+from lomar.options import PretrainOptions, convert, fields_of, flag, read_config, suggestion
+from lomar.training.loop import Course, StopRequest, Trainer, process_count
+from lomar.training.memory import saved_bytes
+from lomar.training.optim import Schedule, adamw
+from lomar.training.records import Display, Metrics, close_log, open_log
+
+CONFIG_FILE = "config.yaml"
+# Everything a run may hold; --overwrite deletes these and nothing else.
+RUN_FILES = (
+    CONFIG_FILE,
+    "metrics.jsonl",
+    "checkpoints",
+    ENCODER_FILE,
+    RECONSTRUCTOR_FILE,
+    "figures",
+    "train.log",
+    "tensorboard",
+    "bad_files.txt",
+)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WARMUP_SHARE = 0.025  # of the run: 40 of 1600 epochs, 20 of 800, 10 of 400 (section 6.1)
+EVALUATIONS = 20  # at most, when their interval is not given
+
+
+def pretrain(**options: Any) -> Path:
+    """Pretrain an encoder; the same keys as the options of `lomar pretrain`, with underscores.
+
+    Returns:
+        The run's folder, for `lomar.load`.
+
+    Raises:
+        UserError: an option is unknown, wrong or does not fit the others, or the images cannot be used.
+        TrainingError: the loss is not finite, twice.
+    """
+    for name in options:
+        if name not in fields_of(PretrainOptions):
+            raise UserError(f"there is no option {name!r}{suggestion(name, list(fields_of(PretrainOptions)))}")
+    given = {name: convert(PretrainOptions, name, value) for name, value in options.items()}
+    command(given)
+    return Path(given["out"])
+
+
+def command(given: Mapping[str, Any]) -> int:
+    """Run `lomar pretrain` with the options that were given; returns the exit status."""
+    if "out" not in given:
+        raise UserError("--out is missing: the folder in which to make the run")
+    run = Path(given["out"])
+    fabric_processes = process_count()
+    if given.get("resume"):
+        options, source = _resumed(given, run)
+        hardware = find_hardware(options.device, fabric_processes)
+        notes: list[str] = []
+    else:
+        options, source, hardware, notes = _resolved(given, run)
+    fabric = _fabric(options, hardware, fabric_processes)
+    composition = _composition(options)
+    torch.manual_seed(options.seed)
+    method = composition.build()
+    _begin(fabric, run, options, resume=bool(given.get("resume")))
+    try:
+        with Display(options.log_every, enabled=fabric.is_global_zero) as display, StopRequest() as stop:
+            for note in notes:
+                display.say(note)
+            return _train(fabric, run, options, composition, method, source, display, stop)
+    finally:
+        close_log()
+
+
+def _train(
+    fabric: Fabric,
+    run: Path,
+    options: PretrainOptions,
+    composition: Composition,
+    method: MaskedReconstruction,
+    source: ImageSource,
+    display: Display,
+    stop: StopRequest,
+) -> int:
+    fmt = _pixel_format(options)
+    course = _course(options, len(source))
+    draw = ViewsAndMask(method.views, method.mask, options.seed)
+
+    def batches(first_step: int) -> Iterator[MicroBatch]:
+        return pretraining_batches(
+            source,
+            fmt,
+            draw,
+            image_size_px=options.image_size,
+            patch_size_px=options.patch_size,
+            view_size=method.views.size,
+            crop_scale=options.crop_scale,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            micro_batch=options.micro_batch,
+            first_batch=first_step,
+            total_batches=course.total_steps,
+            workers=options.workers,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            pin_memory=fabric.device.type == "cuda",
+        )
+
+    def export() -> None:
+        save_encoder(run / ENCODER_FILE, method.architecture.encoder, composition)
+        save_reconstructor(run / RECONSTRUCTOR_FILE, method, composition)
+
+    optimizer = adamw(method, options.weight_decay)
+    evaluation = Evaluation(fabric, method, source, fmt, options, run)
+    trainer = Trainer(fabric, method, optimizer, course, batches, run, display, export, evaluation)
+    trainer.restore()
+    if trainer.progress.step >= course.total_steps:
+        display.say(f"the run in {run} is finished: {course.total_steps} steps")
+        display.say(_how_to_load(run))
+        return 0
+    if trainer.progress.step == 0:
+        trainer.save()  # from here on the run can be loaded, reconstructed from and resumed
+    finished = trainer.run(stop)
+    if fabric.is_global_zero:
+        learning_curves(Metrics.read(run / "metrics.jsonl"), run / "figures" / "curves.png")
+    if not finished:
+        display.say(f"stopped after step {trainer.progress.step}; go on with: lomar pretrain --out {run} --resume")
+        return 128 + stop.signal_number
+    display.say(_how_to_load(run))
+    return 0
+
+
+def _how_to_load(run: Path) -> str:
+    return (
+        f"the encoder is in {run / ENCODER_FILE}; to use it:\n"
+        f'    import lomar\n    encoder = lomar.load("{run}")      # a timm model; encoder(images) is (B, D)'
+    )
+
+
+def _resolved(given: Mapping[str, Any], run: Path) -> tuple[PretrainOptions, ImageSource, Hardware, list[str]]:
+    """Options of a new run, all settled: flag, then --config, then recipe, then automatic."""
+    config = read_config(given["config"], PretrainOptions) if given.get("config") else {}
+    asked = _merged(config, given)
+    name = asked.get("method", "lomar")
+    if name not in RECIPES:
+        raise UserError(f"--method is {name!r}; there is {', '.join(RECIPES)}{suggestion(name, list(RECIPES))}")
+    asked = _merged(RECIPES[name].options, asked)
+    asked = {key: value for key, value in asked.items() if value is not None and value != "auto"}
+    if "data" not in asked:
+        raise UserError("--data is missing: a folder of images, a .txt file of paths, or 'sample'")
+    if _holds_run(run) and not asked.get("overwrite"):
+        raise UserError(f"--out {run} already holds a run; --resume goes on with it, --overwrite deletes it")
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--out {run} is a file; it must be a folder")
+    hardware = find_hardware(given.get("device", "auto"), process_count())
+    if asked.get("device") == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but torch finds no usable GPU here; leave it out or use cpu")
+    source = open_source(asked["data"])
+    share = asked.get("max_bad_share", fields_of(PretrainOptions)["max_bad_share"].default)
+    found = survey(source, max_bad_share=share, channels=asked.get("channels"))
+    choices = choose(asked, found.count, found.median_short_side_px, found.format, hardware)
+    values = {key: choice.value for key, choice in choices.items()} | asked
+    values.setdefault("pixel_type", found.format.dtype)
+    fmt = PixelFormat(values["channels"], values["pixel_type"])
+    _check_fit(values)
+    mean, std = _statistics(values, source, fmt)
+    values.setdefault("mean", mean)
+    values.setdefault("std", std)
+    _check_statistics(values)
+    values.setdefault("warmup_epochs", WARMUP_SHARE * _epochs(values, found.count))
+    values["micro_batch"] = values.get("micro_batch", 1)
+    options = PretrainOptions(**values)
+    if "micro_batch" not in asked:
+        choices["micro_batch"] = _micro_batch(options, hardware)
+        options = PretrainOptions(**values | {"micro_batch": choices["micro_batch"].value})
+    return options, source, hardware, _notes(found, choices, options)
+
+
+def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """`upper` over `lower`; of --epochs and --max-steps the one given higher up counts."""
+    if "epochs" in upper and "max_steps" in upper and upper["epochs"] is not None and upper["max_steps"] is not None:
+        raise UserError("--epochs and --max-steps are both given; give one")
+    dropped = {"epochs": "max_steps", "max_steps": "epochs"}
+    rivals = {rival for name, rival in dropped.items() if upper.get(name) is not None}
+    return {key: value for key, value in lower.items() if key not in rivals} | dict(upper)
+
+
+def _resumed(given: Mapping[str, Any], run: Path) -> tuple[PretrainOptions, ImageSource]:
+    """Options of the run in --out; those that do not change results may be given anew."""
+    if given.get("overwrite"):
+        raise UserError("--resume and --overwrite are both given; give one")
+    if not _holds_run(run):
+        raise UserError(f"--out {run} holds no run to resume: there is no {CONFIG_FILE} in it")
+    stored = read_config(str(run / CONFIG_FILE), PretrainOptions)
+    fields = fields_of(PretrainOptions)
+    for name, value in given.items():
+        if fields[name].metadata["results"] and stored.get(name) != value:
+            raise UserError(
+                f"{flag(name)} is {value!r}, but the run in {run} has {stored.get(name)!r}; "
+                "a resumed run keeps what changes its results"
+            )
+    changed = {name: value for name, value in given.items() if value != "auto"}
+    try:
+        options = PretrainOptions(**stored | changed)
+    except TypeError as error:
+        raise UserError(f"{run / CONFIG_FILE} is not complete ({error})") from error
+    _check_fit(asdict(options))
+    return options, open_source(options.data)
+
+
+def _holds_run(run: Path) -> bool:
+    return (run / CONFIG_FILE).exists()
+
+
+def _check_fit(values: Mapping[str, Any]) -> None:
+    """Refuse options that do not go together, naming both."""
+    image, patch, window = values["image_size"], values["patch_size"], values["window_size"]
+    if image % patch:
+        nearest = max(patch, round(image / patch) * patch)
+        raise UserError(f"--image-size {image} is not a multiple of --patch-size {patch}; {nearest} would be")
+    grid = image // patch
+    if window > grid:
+        raise UserError(
+            f"--window-size {window} is larger than the {grid}x{grid} grid of patches "
+            f"(--image-size {image} / --patch-size {patch}); it can be at most {grid}"
+        )
+    hidden = int(window**2 * values["mask_ratio"])
+    if not 0 < hidden < window**2:
+        raise UserError(
+            f"--mask-ratio {values['mask_ratio']} hides {hidden} of the {window**2} patches of a window; "
+            "it must hide some and leave some"
+        )
+    depth = SIZES[values["model"]][1]
+    if values["mask_layer"] >= depth:
+        raise UserError(
+            f"--mask-layer is {values['mask_layer']}; --model {values['model']} has blocks 0 to {depth - 1}"
+        )
+    if values["window_layout"] == "released" and values["views"] > grid - window + 1:
+        raise UserError(
+            f"--views is {values['views']}; with --window-layout released a {grid}x{grid} grid "
+            f"has at most {grid - window + 1} windows of side {window}"
+        )
+    low, high = values.get("crop_scale", (0.2, 1.0))
+    if low > high:
+        raise UserError(f"--crop-scale is {low} {high}; the smaller share comes first")
+    if values["batch_size"] < process_count():
+        raise UserError(f"--batch-size {values['batch_size']} is smaller than the {process_count()} processes")
+
+
+def _check_statistics(values: Mapping[str, Any]) -> None:
+    for name in ("mean", "std"):
+        if len(values[name]) != values["channels"]:
+            raise UserError(
+                f"{flag(name)} has {len(values[name])} numbers; the images have {values['channels']} channels"
+            )
+
+
+def _statistics(
+    values: Mapping[str, Any], source: ImageSource, fmt: PixelFormat
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if "mean" in values and "std" in values:
+        return values["mean"], values["std"]
+    if values["statistics"] == "imagenet":
+        if fmt.channels != 3:
+            raise UserError(f"--statistics imagenet is for 3 channels; the images have {fmt.channels}")
+        return IMAGENET_MEAN, IMAGENET_STD
+    mean, std = channel_statistics(source, fmt, size_px=values["image_size"])
+    return tuple(round(m, 6) for m in mean), tuple(round(s, 6) for s in std)
+
+
+def _epochs(values: Mapping[str, Any], count: int) -> float:
+    return values["epochs"] if values.get("epochs") else values["max_steps"] * values["batch_size"] / count
+
+
+def _course(options: PretrainOptions, count: int) -> Course:
+    steps_per_epoch = count / options.batch_size
+    total = options.max_steps or max(1, round((options.epochs or 1) * steps_per_epoch))
+    every = options.eval_every * steps_per_epoch if options.eval_every else max(steps_per_epoch, total / EVALUATIONS)
+    return Course(
+        total_steps=total,
+        images=count,
+        batch_size=options.batch_size,
+        schedule=Schedule(
+            peak_lr=options.base_lr * options.batch_size / 256,
+            warmup_steps=options.warmup_epochs * steps_per_epoch,
+            total_steps=total,
+        ),
+        clip_grad=options.clip_grad,
+        checkpoint_steps=options.checkpoint_steps,
+        checkpoint_minutes=options.checkpoint_minutes,
+        evaluation_steps=max(1, round(every)),
+        evaluation_forced=options.eval_every is not None,
+        max_bad_share=options.max_bad_share,
+    )
+
+
+def _composition(options: PretrainOptions) -> Composition:
+    return Composition(
+        method=options.method,
+        model=options.model,
+        image_size=options.image_size,
+        patch_size=options.patch_size,
+        window_size=options.window_size,
+        views=options.views,
+        mask_ratio=options.mask_ratio,
+        mask_layer=options.mask_layer,
+        window_layout=options.window_layout,
+        batch_size=options.batch_size,
+        mean=options.mean,
+        std=options.std,
+        scale=_pixel_format(options).scale,
+    )
+
+
+def _pixel_format(options: PretrainOptions) -> PixelFormat:
+    return PixelFormat(options.channels, options.pixel_type)
+
+
+def _micro_batch(options: PretrainOptions, hardware: Hardware) -> Choice:
+    """Measured: what one image keeps for the backward pass, from the difference of two images and one."""
+    method = _composition(options).build()
+    rows, columns = method.views.size
+    patches = rows * columns
+    hidden = torch.arange(patches).expand(1, options.views, -1) < method.mask.count
+    corners = torch.zeros(1, options.views, 2, dtype=torch.int64)
+    shape = (1, options.views, options.channels, rows * options.patch_size, columns * options.patch_size)
+    pixels = torch.zeros(shape, dtype=torch.uint8)
+
+    def kept(images: int) -> int:
+        batch = [t.expand(images, *t.shape[1:]) for t in (pixels, corners, hidden)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
+            return saved_bytes(partial(method, *batch))
+
+    weights = sum(p.numel() for p in method.parameters())
+    share = -(-options.batch_size // process_count())
+    return micro_batch(kept(2) - kept(1), 16 * weights, share, hardware)  # weight, gradient and two moments in float32
+
+
+def _notes(found: Survey, choices: Mapping[str, Choice], options: PretrainOptions) -> list[str]:
+    """What the user should know before it starts."""
+    notes = [f"{found.count} images, shorter side {found.median_short_side_px} px (median of {found.probed} read)"]
+    if found.unreadable:
+        name, reason = found.unreadable[0]
+        notes.append(
+            f"{len(found.unreadable)} of them cannot be read and will be skipped, for example {name}: {reason}"
+        )
+    if found.smallest_short_side_px < options.image_size:
+        notes.append(
+            f"warning: the smallest image's shorter side is {found.smallest_short_side_px} px; "
+            f"it will be enlarged to --image-size {options.image_size}"
+        )
+    chosen = {name: choice for name, choice in choices.items() if choice.value is not None}
+    if chosen:
+        notes.append("chosen for you (give the option to decide yourself):")
+        notes += [f"  {flag(name):<14} {choice.value!s:<10} {choice.reason}" for name, choice in chosen.items()]
+    return notes
+
+
+def _fabric(options: PretrainOptions, hardware: Hardware, processes: int) -> Fabric:
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces what the run announces itself
+    fabric = Fabric(
+        accelerator=hardware.device,
+        devices=local,
+        num_nodes=max(1, processes // local),
+        strategy="ddp" if processes > 1 else "auto",
+        precision="bf16-mixed" if options.precision == "bf16" else "32-true",
+    )
+    fabric.launch()
+    return fabric
+
+
+def _begin(fabric: Fabric, run: Path, options: PretrainOptions, resume: bool) -> None:
+    """Make the run's folder; from here on the run exists."""
+    fabric.barrier()
+    if fabric.is_global_zero:
+        if not resume:
+            for name in RUN_FILES if options.overwrite else ():
+                _delete(run / name)
+            run.mkdir(parents=True, exist_ok=True)
+            _write_config(run, options)
+        open_log(run).info("lomar %s", " ".join(sys.argv[1:]))
+    fabric.barrier()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_config(run: Path, options: PretrainOptions) -> None:
+    about_this_call = ("config", "resume", "overwrite", "out")
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items() if k not in about_this_call}
+    text = yaml.safe_dump(values, sort_keys=False)
+    write_atomically(run / CONFIG_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))

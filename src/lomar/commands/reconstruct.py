@@ -1,0 +1,62 @@
+"""`lomar reconstruct`: pictures of what a run fills in, as the paper's Figures 7 and 8."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lomar.commands.panels import NORMALISED_CAPTION, central_crops, panels
+from lomar.data.decode import PixelFormat
+from lomar.data.sources import ImageSource, open_source
+from lomar.errors import UserError
+from lomar.figures.png import save_png
+from lomar.figures.reconstruction import figure7, figure8
+from lomar.interop.weights import load_reconstructor
+from lomar.methods.masks import UniformMask
+from lomar.options import ReconstructOptions
+
+IMAGES_OF_A_FOLDER = 8  # the first ones
+
+
+def command(given: Mapping[str, Any]) -> int:
+    """Run `lomar reconstruct` with the options that were given; returns the exit status."""
+    for name in ("model", "images", "out"):
+        if name not in given:
+            raise UserError(f"--{name} is missing; see lomar reconstruct --help")
+    options = ReconstructOptions(**given)
+    out = Path(options.out)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out is {options.out}; it must end in .png")
+    method, composition = load_reconstructor(options.model)
+    try:
+        methods = [method.with_mask(UniformMask(method.mask.patches, ratio)) for ratio in options.mask_ratios]
+    except ValueError as error:
+        raise UserError(f"--mask-ratios: {error}") from None
+    dtype = {255.0: "uint8", 65535.0: "uint16"}.get(composition.scale, "float32")
+    fmt = PixelFormat(len(composition.mean), dtype)
+    pixels = central_crops(_images(options.images), fmt, composition.image_size)
+    drawn = [panels(each, pixels, options.seed) for each in methods]
+    about = f"{options.model}: {composition.method}, {composition.model}, {composition.window_size}x"
+    about += f"{composition.window_size} windows of {composition.patch_size}-pixel patches. {NORMALISED_CAPTION}"
+    if len(drawn) == 1:
+        picture = figure7(drawn[0], f"{options.mask_ratios[0]:.0%} hidden. {about}")
+    else:
+        picture = figure8(list(zip(*drawn, strict=True)), options.mask_ratios, about)
+    save_png(picture, out)
+    sys.stdout.write(f"{out}: {len(pixels)} images at {len(drawn)} mask ratios\n")
+    return 0
+
+
+def _images(paths: Sequence[str]) -> ImageSource:
+    """The images named, and the first of each folder named."""
+    found: list[bytes] = []
+    for path in paths:
+        if path == "sample" or Path(path).is_dir():
+            source = open_source(path, flag="--images")
+            names = [source.name(i) for i in range(min(len(source), IMAGES_OF_A_FOLDER))]
+        elif Path(path).is_file():
+            names = [path]
+        else:
+            raise UserError(f"--images: there is no file or folder {path}")
+        found += [str(Path(name).resolve()).encode() for name in names]
+    return ImageSource("/", found)

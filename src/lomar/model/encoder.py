@@ -1,0 +1,346 @@
+"""The encoder: a pre-norm vision transformer that knows positions through contextual relative encoding alone.
+
+It is a timm model: `import lomar.model`, then `timm.create_model("lomar_vit_base_patch16")`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp, PatchEmbed, global_pool_nlc
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lomar.model.attention import Attention
+from lomar.model.positions import contextual_buckets, grid_coordinates
+
+# name -> width, depth, heads. Base, large, huge: MAE and LoMaR; tiny and small: DeiT.
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+NORM_EPS = 1e-6
+
+
+class Block(nn.Module):
+    """Attention, then a two-layer perceptron, each on normalised tokens and added to them.
+
+    Args:
+        width: token width D.
+        heads: attention heads.
+        mlp_ratio: hidden width of the perceptron over D.
+        drop_path: probability that a sample skips a branch.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, buckets: Tensor) -> Tensor:
+        """(R, N, D) tokens and int64 (R or 1, N, N) buckets -> (R, N, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), buckets))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Encoder(nn.Module):
+    """Vision transformer with contextual relative position.
+
+    There is no absolute position: any image whose sides are multiples of the patch side goes in, at any resolution.
+
+    An encoder (`num_classes=0`) normalises its tokens with `norm`. A classifier that pools patch tokens has no `norm`;
+    it normalises the pooled vector with `fc_norm`, as MAE and LoMaR fine-tune.
+
+    Args:
+        img_size: default input side or (height, width), in pixels.
+        patch_size: patch side P, in pixels.
+        in_chans: input channels C.
+        num_classes: outputs of `head`; 0 leaves the pooled features.
+        global_pool: "avg" pools patch tokens, "token" takes the cls token, "" keeps all tokens.
+        embed_dim, depth, num_heads: see `SIZES`.
+        mlp_ratio: hidden width of the perceptrons over `embed_dim`.
+        drop_rate: dropout before `head`.
+        drop_path_rate: probability of skipping the last block's branches; it grows linearly from 0 at the first block.
+
+    Raises:
+        ValueError: `embed_dim` is not a multiple of `num_heads`, or `global_pool` is unknown.
+
+    Source: LoMaR sections 3.2 and 6.1; sizes and initialisation as the released code.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        if global_pool not in ("avg", "token", ""):
+            raise ValueError(f"global_pool is {global_pool!r}; it can be 'avg', 'token' or ''")
+        # What rebuilds this encoder without its classifier; saved beside the weights.
+        self.architecture: dict[str, Any] = {
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "in_chans": in_chans,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+        }
+        self.pretrained_cfg: dict[str, Any] | None = (
+            None  # where the weights come from; set by timm and by `lomar.load`
+        )
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        drop_paths = torch.linspace(0, drop_path_rate, depth).tolist()
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, rate) for rate in drop_paths])
+        pools_for_head = num_classes > 0 and global_pool == "avg"
+        self.norm = nn.Identity() if pools_for_head else nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=NORM_EPS) if pools_for_head else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
+        ]
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier-uniform products, zero biases, N(0, 0.02) cls token; the patch embedding's bias stays torch's own."""
+        self.apply(init_linear)
+        projection = self.patch_embed.proj.weight
+        nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        self._init_head()
+
+    def _init_head(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """Tokens of patches that were already cut out; equal to the convolution on the image.
+
+        Args:
+            patches: (R, N, P * P * C), pixels in order (row, column, channel).
+
+        Returns:
+            (R, N, D).
+        """
+        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P * P * C)
+        return nn.functional.linear(patches, weight, self.patch_embed.proj.bias)
+
+    def prepend_cls(self, tokens: Tensor) -> Tensor:
+        """(R, N, D) patch tokens -> (R, 1 + N, D) with the cls token first."""
+        return torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+
+    def run_blocks(self, x: Tensor, coordinates: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """Tokens after blocks `first` to `last` (exclusive).
+
+        Args:
+            x: (R, 1 + N, D), cls first.
+            coordinates: integer (R or 1, N, 2), row and column of the patch tokens.
+        """
+        buckets = contextual_buckets(coordinates)
+        for block in self.blocks[first:last]:
+            x = self._run(block, x, buckets)
+        return x
+
+    def _run(self, block: nn.Module, x: Tensor, buckets: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, buckets, use_reentrant=False)
+        return block(x, buckets)
+
+    def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, height, width) -> tokens (B, 1 + N, D) and coordinates (1, N, 2)."""
+        rows, columns = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        return self.prepend_cls(self.patch_embed(images)), grid_coordinates(rows, columns, images.device)[None]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, height, width) normalised images -> (B, 1 + N, D) tokens, cls first, after the final norm."""
+        return self.norm(self.run_blocks(*self._tokens(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, 1 + N, D) tokens -> logits (B, num_classes), or the pooled features before `head`."""
+        x = self.fc_norm(global_pool_nlc(x, self.global_pool, num_prefix_tokens=self.num_prefix_tokens))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, height, width) normalised images -> logits, or pooled features where there is no classifier."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Tokens after chosen blocks, with timm's arguments and order of results.
+
+        Args:
+            x: (B, C, height, width).
+            indices: blocks to return: the last n, a list, or None for all.
+            return_prefix_tokens: return (patch tokens, cls token) pairs.
+            norm: apply the final norm to every one.
+            stop_early: do not run the blocks after the last one asked for.
+            output_fmt: "NCHW" maps (B, D, H, W) or "NLC" sequences (B, N, D).
+            intermediates_only: leave out the final features.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; it can be 'NCHW' or 'NLC'")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        rows, columns = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        x, coordinates = self._tokens(x)
+        buckets = contextual_buckets(coordinates)
+        kept = []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = self._run(block, x, buckets)
+            if i in take:
+                kept.append(self.norm(x) if norm else x)
+        prefix = [t[:, : self.num_prefix_tokens] for t in kept]
+        maps = [t[:, self.num_prefix_tokens :] for t in kept]
+        if output_fmt == "NCHW":
+            maps = [t.transpose(1, 2).unflatten(2, (rows, columns)).contiguous() for t in maps]
+        intermediates = list(zip(maps, prefix, strict=True)) if return_prefix_tokens else maps
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last one in `indices`, and the norm and head if asked; return `indices`."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier.
+
+        An encoder that becomes a classifier of pooled patches gets a fresh `fc_norm` in the place of its `norm`, as in
+        MAE's and LoMaR's fine-tuning.
+        """
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        device, dtype = self.cls_token.device, self.cls_token.dtype
+        if num_classes and self.global_pool == "avg" and isinstance(self.fc_norm, nn.Identity):
+            self.norm = nn.Identity()
+            self.fc_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS, device=device, dtype=dtype)
+        self.head = nn.Linear(self.embed_dim, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        self._init_head()
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Change the default input size, in pixels; nothing learned depends on it."""
+        self.patch_embed.set_input_size(img_size)
+        self.architecture["img_size"] = img_size
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass: less memory, about a third more time."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names that fine-tuning does not decay beside biases and norms."""
+        return {"cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for layer-wise learning rates: stem, blocks in order, then all that follows."""
+        return {
+            "stem": r"^cls_token|^patch_embed",
+            "blocks": r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weight and zero bias for a linear layer; other modules stay as they are."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _names() -> dict[str, tuple[str, int]]:
+    """timm name -> size and patch side."""
+    sizes = {f"lomar_vit_{size}_patch{p}": (size, p) for size in SIZES if size != "huge" for p in (8, 14, 16)}
+    return sizes | {"lomar_vit_huge_patch14": ("huge", 14)}
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": None,
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "fixed_input_size": False,
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "apache-2.0",
+        }
+        for name in _names()
+    }
+)
+
+
+def _entry_point(name: str, size: str, patch_size: int) -> Callable[..., Encoder]:
+    width, depth, heads = SIZES[size]
+
+    def create(pretrained: bool = False, **kwargs: Any) -> Encoder:
+        shape = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
+        return build_model_with_cfg(
+            Encoder,
+            name,
+            pretrained,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **(shape | kwargs),
+        )
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"LoMaR encoder: {width} wide, {depth} deep, {heads} heads, {patch_size}-pixel patches."
+    return register_model(create)
+
+
+for _name, (_size, _patch) in _names().items():
+    _entry_point(_name, _size, _patch)

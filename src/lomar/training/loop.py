@@ -1,0 +1,377 @@
+"""The training loop: a straight line from batches to updates."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self, cast
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from lomar.data.loader import MicroBatch
+from lomar.errors import TrainingError, UserError
+from lomar.training.checkpoint import load_checkpoint, save_checkpoint
+from lomar.training.optim import Schedule
+from lomar.training.records import Display, Metrics, Row, TensorBoard
+
+# Rows wait this many steps at most: one look at the device for several steps, and little to lose.
+BUFFERED_STEPS = 10
+EVALUATION_SHARE = 0.1  # of the run's time, unless an interval is asked for
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run does and how often it looks up.
+
+    Args:
+        total_steps: optimiser steps.
+        images: images in an epoch.
+        batch_size: images per step, over all processes.
+        schedule: learning rate of each step.
+        clip_grad: largest gradient norm; 0 for none.
+        checkpoint_steps: steps between checkpoints, or None.
+        checkpoint_minutes: minutes between checkpoints.
+        evaluation_steps: steps between evaluations.
+        evaluation_forced: evaluate at each of those, whatever share of the time it takes.
+        max_bad_share: share of unreadable files from which to stop.
+    """
+
+    total_steps: int
+    images: int
+    batch_size: int
+    schedule: Schedule
+    clip_grad: float
+    checkpoint_steps: int | None
+    checkpoint_minutes: float
+    evaluation_steps: int
+    evaluation_forced: bool
+    max_bad_share: float
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside weights and optimiser.
+
+    Args:
+        step: updates done.
+        elapsed_s: seconds spent, over all sittings.
+        lr_factor: 1, or a half after a non-finite loss.
+    """
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    lr_factor: float = 1.0
+
+
+class StopRequest:
+    """SIGINT and SIGTERM as a wish to stop after the current step; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+
+class BadFiles:
+    """`bad_files.txt`: each unreadable file once, with the reason."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: set[str] = set()
+        if path.exists():
+            self.names = {line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()}
+
+    def add(self, found: list[tuple[str, str]]) -> list[str]:
+        """Record files; the names that are new come back."""
+        new = {name: reason for name, reason in found if name not in self.names}
+        if new:
+            self.names.update(new)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{name}\t{reason}\n" for name, reason in new.items())
+        return list(new)
+
+
+class NonFiniteError(Exception):
+    """The loss or its gradient is not a number."""
+
+    def __init__(self, step: int, files: list[str]) -> None:
+        super().__init__(step, files)
+        self.step = step
+        self.files = files
+
+    def __str__(self) -> str:
+        listed = ", ".join(self.files[:8]) + (f" and {len(self.files) - 8} more" if len(self.files) > 8 else "")
+        return f"the loss is not finite at step {self.step}; its batch holds {listed}"
+
+
+class Trainer:
+    """One pretraining run: method, optimiser, progress, and where they are written.
+
+    Args:
+        fabric: devices, precision and processes.
+        method: (pixels, corners, hidden) -> sum of losses and count of hidden patches.
+        optimizer: over the method's parameters.
+        course: what to do.
+        batches: first step, then learning: micro-batches from that step on.
+        run: the run's folder.
+        display: progress.
+        export: writes what a user takes away (encoder, reconstructor) into the run; called at every checkpoint.
+        evaluate: step -> named numbers; called at step 0, now and then, and at the end.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        method: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        course: Course,
+        batches: Callable[[int], Iterator[MicroBatch]],
+        run: Path,
+        display: Display,
+        export: Callable[[], None],
+        evaluate: Callable[[int], Row],
+    ) -> None:
+        self.fabric = fabric
+        self.method = method
+        self.model, self.optimizer = fabric.setup(method, optimizer)
+        self.course = course
+        self.batches = batches
+        self.checkpoint = run / "checkpoints" / "last.pt"
+        self.display = display
+        self.export = export
+        self.evaluate = evaluate
+        self.progress = Progress()
+        self.metrics = Metrics(run / "metrics.jsonl")
+        self.tensorboard = TensorBoard(run, after_step=-1) if fabric.is_global_zero else None
+        self.bad_files = BadFiles(run / "bad_files.txt")
+        self._buffer: list[tuple[Row, Tensor, Tensor, list[str]]] = []
+        self._evaluation_s = 0.0  # the last one
+        self._evaluations_s = 0.0  # all of this sitting
+
+    def save(self) -> None:
+        """Write the checkpoint and the files made from it. Rows that belong before it are written first."""
+        self.flush()
+        if self.fabric.is_global_zero:
+            state = {
+                "model": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "progress": vars(self.progress).copy(),
+            }
+            save_checkpoint(self.checkpoint, state)
+            self.export()
+        self.fabric.barrier()
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint, or to the start where there is none; later rows are cut."""
+        if self.checkpoint.exists():
+            state = load_checkpoint(self.checkpoint)
+            try:
+                self.method.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.progress = Progress(**state["progress"])
+            except (KeyError, TypeError, RuntimeError, ValueError) as error:
+                raise UserError(f"the checkpoint {self.checkpoint} does not fit this run's configuration") from error
+        self._buffer.clear()
+        if self.fabric.is_global_zero:
+            Metrics.cut(self.metrics.path, after_step=self.progress.step)
+            if self.tensorboard:
+                self.tensorboard.close()
+            self.tensorboard = TensorBoard(self.checkpoint.parent.parent, after_step=self.progress.step)
+
+    def run(self, stop: StopRequest) -> bool:
+        """Train to the end, or until `stop` asks; True when finished.
+
+        A non-finite loss goes back to the last checkpoint and halves the learning rate, once.
+
+        Raises:
+            TrainingError: the loss is not finite again.
+        """
+        while True:
+            try:
+                return self._train(stop)
+            except NonFiniteError as error:
+                if self.progress.lr_factor < 1:
+                    raise TrainingError(f"{error}; it happened again after the learning rate was halved") from None
+                self.restore()
+                self.progress.lr_factor = 0.5
+                self.display.say(f"{error}; back to step {self.progress.step} with half the learning rate")
+                self.save()
+
+    def _train(self, stop: StopRequest) -> bool:
+        course, progress = self.course, self.progress
+        if progress.step == 0:
+            self._evaluate_first()
+        self.display.start(course.total_steps, progress.step)
+        batches = self.batches(progress.step)
+        began = saved = time.monotonic()
+        elapsed_before = progress.elapsed_s
+        self.model.train()
+        while progress.step < course.total_steps:
+            row, loss, grad_norm, names = self._step(batches)
+            progress.elapsed_s = elapsed_before + time.monotonic() - began
+            row["elapsed_s"] = round(progress.elapsed_s, 3)
+            self._buffer.append((row, loss, grad_norm, names))
+            finished = progress.step == course.total_steps
+            stopping = self._anyone(stop.signal_number > 0)
+            if finished or self._evaluation_due():
+                row |= self._evaluated()
+            if len(self._buffer) >= BUFFERED_STEPS or self.fabric.device.type == "cpu" or finished or stopping:
+                self.flush()
+            by_step = course.checkpoint_steps and progress.step % course.checkpoint_steps == 0
+            by_time = self._anyone(time.monotonic() - saved > 60 * course.checkpoint_minutes)
+            if by_step or by_time or finished or stopping:
+                self.save()
+                saved = time.monotonic()
+            if stopping and not finished:
+                return False
+        return True
+
+    def _step(self, batches: Iterator[MicroBatch]) -> tuple[Row, Tensor, Tensor, list[str]]:
+        """One optimiser step; its numbers stay on the device until `flush`."""
+        course, progress = self.course, self.progress
+        began = time.perf_counter()
+        lr = course.schedule.lr(progress.step) * progress.lr_factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
+        hidden = 0
+        names: list[str] = []
+        waited_s = 0.0
+        last = False
+        while not last:
+            asked = time.perf_counter()
+            micro = next(batches)
+            waited_s += time.perf_counter() - asked
+            last = micro.last
+            names += micro.names
+            self._note_bad(micro.bad)
+            micro = micro.to(self.fabric.device)
+            with self.fabric.no_backward_sync(self.model, enabled=not last):
+                losses, count = self.model(micro.pixels, micro.corners, micro.hidden)
+                # DDP averages over processes; with the world size the gradients add up to that of the sum.
+                self.fabric.backward(losses * (self.fabric.world_size / course.batch_size))
+            loss_sum += losses.detach()
+            hidden += count
+        loss_sum, hidden_sum = self._sum(torch.stack([loss_sum, torch.full_like(loss_sum, hidden)]))
+        grad_norm = self._scale_gradients(course.batch_size / hidden_sum)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        took_s = time.perf_counter() - began
+        row: Row = {
+            "step": progress.step,
+            "epoch": round(progress.step * course.batch_size / course.images, 6),
+            "lr": lr,
+            "images_per_s": round(course.batch_size / took_s, 2),
+            "data_wait": round(waited_s / took_s, 4),
+        }
+        return row, loss_sum / hidden_sum, grad_norm, names
+
+    def _scale_gradients(self, scale: Tensor) -> Tensor:
+        """Turn gradients of (sum / batch) into those of the mean over hidden patches; clip them; return their norm."""
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) * scale
+        clip = self.course.clip_grad
+        factor = scale * (clip / norm).clamp(max=1.0) if clip else scale
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        return norm
+
+    def flush(self) -> None:
+        """Write and show the rows that wait.
+
+        Raises:
+            NonFiniteError: the loss or gradient of one is not finite; the rows before it are written.
+        """
+        rows: list[Row] = []
+        failure: NonFiniteError | None = None
+        for row, loss, grad_norm, names in self._buffer:
+            row["loss"], row["grad_norm"] = loss.item(), grad_norm.item()
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                failure = NonFiniteError(row["step"], names)
+                break
+            rows.append(row)
+        self._buffer.clear()
+        if rows and self.fabric.is_global_zero:
+            self.metrics.write(rows)
+            if self.tensorboard:
+                self.tensorboard.write(rows)
+        for row in rows:
+            self.display.step(row, self._eta_s(row))
+        if failure:
+            raise failure
+
+    def _evaluate_first(self) -> None:
+        """The random initialisation, as step 0; not again when a run resumes there."""
+        if any(row["step"] == 0 for row in Metrics.read(self.metrics.path)):
+            return
+        numbers = self._evaluated()
+        if numbers and self.fabric.is_global_zero:
+            row = {"step": 0, "epoch": 0.0, "elapsed_s": 0.0, **numbers}
+            self.metrics.write([row])
+            if self.tensorboard:
+                self.tensorboard.write([row])
+
+    def _evaluated(self) -> Row:
+        began = time.monotonic()
+        numbers = self.evaluate(self.progress.step) if self.fabric.is_global_zero else {}
+        self.fabric.barrier()
+        self.model.train()
+        self._evaluation_s = time.monotonic() - began
+        self._evaluations_s += self._evaluation_s
+        return numbers
+
+    def _evaluation_due(self) -> bool:
+        if self.progress.step % self.course.evaluation_steps:
+            return False
+        affordable = self._evaluations_s + self._evaluation_s <= EVALUATION_SHARE * self.progress.elapsed_s
+        return self.course.evaluation_forced or self._anyone(affordable)
+
+    def _note_bad(self, found: list[tuple[str, str]]) -> None:
+        new = self.bad_files.add(found) if found else []
+        for name in new:
+            self.display.say(f"skipped an unreadable image: {name}")
+        count = len(self.bad_files.names)
+        if new and count > self.course.max_bad_share * self.course.images:
+            raise TrainingError(
+                f"{count} of {self.course.images} images cannot be read (listed in {self.bad_files.path}); "
+                f"--max-bad-share allows {self.course.max_bad_share:.0%}"
+            )
+
+    def _anyone(self, wish: bool) -> bool:
+        """Whether any process wishes it, so that all act alike."""
+        if self.fabric.world_size == 1:
+            return wish
+        return bool(self._sum(torch.tensor(float(wish), device=self.fabric.device)) > 0)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Sum over processes."""
+        return cast(Tensor, self.fabric.all_reduce(tensor, reduce_op="sum"))
+
+    def _eta_s(self, row: Row) -> float:
+        return row["elapsed_s"] / row["step"] * (self.course.total_steps - row["step"])
+
+
+def process_count() -> int:
+    """Processes that torchrun or SLURM started for this run; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
