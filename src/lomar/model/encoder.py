@@ -116,7 +116,7 @@ class Encoder(nn.Module):
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        drop_paths = torch.linspace(0, drop_path_rate, depth).tolist()
+        drop_paths = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, rate) for rate in drop_paths])
         pools_for_head = num_classes > 0 and global_pool == "avg"
         self.norm = nn.Identity() if pools_for_head else nn.LayerNorm(embed_dim, eps=NORM_EPS)

@@ -1,0 +1,64 @@
+"""Crop boxes: (top, left, height, width) in pixels of the upright image."""
+
+import math
+
+import torch
+
+Box = tuple[int, int, int, int]
+
+# ImageNet evaluation resizes the shorter side to 256 and keeps the central 224.
+CENTRE_SHARE = 224 / 256
+
+
+def random_resized_crop(
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    *,
+    generator: torch.Generator,
+) -> Box:
+    """A random box: area uniform in a share of the image, aspect ratio log-uniform.
+
+    Ten boxes are tried; if none fits, the largest central box of an allowed ratio is taken.
+
+    Args:
+        height: image height in pixels.
+        width: image width in pixels.
+        scale: smallest and largest share of the image's area.
+        ratio: smallest and largest width / height.
+        generator: the only source of randomness.
+
+    Returns:
+        (top, left, height, width) in pixels, inside the image, at least 1 x 1.
+
+    Source: torchvision's RandomResizedCrop, draw for draw: equal seeds give equal boxes.
+    """
+    area = height * width
+    low, high = torch.log(torch.tensor(ratio)).tolist()  # float32, as torchvision has it
+    for _ in range(10):
+        target_area = area * torch.empty(1).uniform_(*scale, generator=generator).item()
+        aspect = torch.exp(torch.empty(1).uniform_(low, high, generator=generator)).item()
+        box_width = round(math.sqrt(target_area * aspect))
+        box_height = round(math.sqrt(target_area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = torch.randint(0, height - box_height + 1, (1,), generator=generator).item()
+            left = torch.randint(0, width - box_width + 1, (1,), generator=generator).item()
+            return int(top), int(left), box_height, box_width
+
+    box_height, box_width = height, width
+    if width < height * ratio[0]:
+        box_height = round(width / ratio[0])
+    elif width > height * ratio[1]:
+        box_width = round(height * ratio[1])
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def centre_crop(height: int, width: int) -> Box:
+    """The central square whose side is 0.875 of the shorter side, as ImageNet evaluation takes it.
+
+    Returns:
+        (top, left, height, width) in pixels.
+    """
+    side = max(1, round(CENTRE_SHARE * min(height, width)))
+    return (height - side) // 2, (width - side) // 2, side, side

@@ -1,0 +1,324 @@
+"""Deterministic, resumable, sharded batches of windows.
+
+The stream of a run has no end: its position p is image `permutation(seed, p // n)[p % n]` of epoch `p // n`, and
+global batch b is positions b * batch_size up to (b + 1) * batch_size. So a batch is always full, small data recurs
+with new crops, and a run can begin at any batch. Each sample is a function of (seed, epoch, index) alone: neither the
+worker, the micro-batch nor the process it falls to changes it.
+"""
+
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from types import FrameType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lomar.data.augment import centre_crop, random_resized_crop
+from lomar.data.decode import PixelFormat, read_image
+from lomar.data.sources import ImageSource
+from lomar.data.survey import reason_for
+from lomar.errors import BadImageError, UserError
+from lomar.seeding import seeded
+
+_REPLACEMENTS = 20  # files tried in the place of a bad one: with a quarter bad, all fail once in 10^12
+_PREFETCHED = 3  # micro-batches each worker holds ready
+
+
+class SampleKey(NamedTuple):
+    """One sample of the stream: image `index` in its `epoch`, at place `slot` of global batch `batch`; all from 0."""
+
+    epoch: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    batch: int
+    slot: int
+
+
+# Corners int64 (V, 2), row and column in patches on the crop's grid, and hidden bool (V, N), True where hidden.
+Draw = Callable[[SampleKey], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class MicroBatch:
+    """A part of one process's share of a global batch.
+
+    Args:
+        pixels: (B, V, C, h, w) windows in pixels; uint8, uint16 or float32.
+        corners: int64 (B, V, 2), row and column of each window in patches on the crop's grid.
+        hidden: bool (B, V, N), True where hidden.
+        names: the file of each sample.
+        bad: (name, reason) of files that could not be read and were replaced.
+        last: whether this ends the process's share of its global batch.
+    """
+
+    pixels: torch.Tensor
+    corners: torch.Tensor
+    hidden: torch.Tensor
+    names: list[str]
+    bad: list[tuple[str, str]]
+    last: bool
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """The same with its tensors on a device; the copy overlaps with work if the memory was pinned."""
+        return replace(
+            self,
+            pixels=self.pixels.to(device, non_blocking=True),
+            corners=self.corners.to(device, non_blocking=True),
+            hidden=self.hidden.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same in page-locked memory. The DataLoader calls this."""
+        return replace(
+            self,
+            pixels=self.pixels.pin_memory(),
+            corners=self.corners.pin_memory(),
+            hidden=self.hidden.pin_memory(),
+        )
+
+
+def stream(count: int, seed: int, batch_size: int, first_batch: int) -> Iterator[list[SampleKey]]:
+    """The global batches of a run from any batch on, without end.
+
+    Args:
+        count: images in the source.
+        seed: of the run.
+        batch_size: samples of a global batch.
+        first_batch: where to begin.
+    """
+    drawn_epoch, order = -1, torch.empty(0)
+    batch = first_batch
+    while True:
+        keys = []
+        for slot in range(batch_size):
+            epoch, place = divmod(batch * batch_size + slot, count)
+            if epoch != drawn_epoch:
+                drawn_epoch, order = epoch, torch.randperm(count, generator=seeded(seed, epoch, "order"))
+            keys.append(SampleKey(epoch, int(order[place]), batch, slot))
+        yield keys
+        batch += 1
+
+
+def share_of_batch(batch_size: int, rank: int, world_size: int) -> range:
+    """The slots of every global batch that one process handles; shares differ by at most one.
+
+    Raises:
+        ValueError: fewer samples than processes.
+    """
+    if batch_size < world_size:
+        raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} processes")
+    return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+
+def micro_batch_keys(batches: Iterable[list[SampleKey]], share: range, micro_batch: int) -> Iterator[list[SampleKey]]:
+    """One process's share of each global batch, cut into lists of at most `micro_batch` samples."""
+    for batch in batches:
+        for start in range(share.start, share.stop, micro_batch):
+            yield batch[start : min(start + micro_batch, share.stop)]
+
+
+@dataclass(frozen=True)
+class _CropWindows(Dataset[MicroBatch]):
+    """Samples of the stream: a random crop of an image, mirrored or not, and windows cut from it."""
+
+    source: ImageSource
+    fmt: PixelFormat
+    draw: Draw
+    image_size_px: int
+    patch_size_px: int
+    view_size: tuple[int, int]
+    crop_scale: tuple[float, float]
+    seed: int
+    last_slot: int
+
+    def __getitems__(self, keys: list[SampleKey]) -> MicroBatch | UserError:
+        """A whole micro-batch, so that every window is copied once, into its place.
+
+        A UserError is returned, not raised: the DataLoader would wrap it in a worker's traceback.
+        """
+        drawn = [self.draw(key) for key in keys]
+        corners = torch.stack([corners for corners, _ in drawn])  # (B, V, 2)
+        hidden = torch.stack([hidden for _, hidden in drawn])  # (B, V, N)
+        side_px = [patches * self.patch_size_px for patches in self.view_size]
+        shape = (len(keys), corners.shape[1], self.fmt.channels, *side_px)
+        pixels = np.empty(shape, dtype=self.fmt.dtype)
+        names: list[str] = []
+        bad: list[tuple[str, str]] = []
+        try:
+            for key, (corners_px, _), windows in zip(keys, drawn, pixels, strict=True):
+                crop, name = self._crop(key, bad)
+                cut_windows(crop, corners_px.numpy() * self.patch_size_px, windows)
+                names.append(name)
+        except UserError as error:
+            return error
+        last = keys[-1].slot == self.last_slot
+        return MicroBatch(torch.from_numpy(pixels), corners, hidden, names, bad, last)
+
+    def _crop(self, key: SampleKey, bad: list[tuple[str, str]]) -> tuple[np.ndarray, str]:
+        """The crop (C, S, S) of a sample and its file's name; files that cannot be read are added to `bad`."""
+        index = key.index
+        for attempt in range(_REPLACEMENTS + 1):
+            name = self.source.name(index)
+            try:
+                # Seeded anew for each attempt: what a bad file drew before it failed must not matter.
+                generator = seeded(self.seed, key.epoch, key.index, "crop")
+                image = read_image(self.source.read(index), name)
+                box = random_resized_crop(image.height, image.width, self.crop_scale, generator=generator)
+                crop = image.crop(box, (self.image_size_px, self.image_size_px), self.fmt)
+            except (BadImageError, OSError) as error:
+                bad.append((name, reason_for(error)))
+                chooser = seeded(self.seed, key.epoch, key.index, "replacement", attempt)
+                index = int(torch.randint(len(self.source), (1,), generator=chooser))
+            else:
+                mirrored = torch.rand(1, generator=generator).item() < 0.5
+                return (crop[:, :, ::-1] if mirrored else crop), name
+        name, reason = bad[-1]
+        raise UserError(f"{_REPLACEMENTS + 1} files in a row cannot be read, the last {name}: {reason}")
+
+
+def cut_windows(crop: np.ndarray, corners_px: np.ndarray, windows: np.ndarray) -> None:
+    """Copies windows out of a crop.
+
+    Args:
+        crop: (C, H, W).
+        corners_px: (V, 2), row and column of each window in pixels.
+        windows: (V, C, h, w), written.
+    """
+    height, width = windows.shape[2:]
+    for window, (row, column) in zip(windows, corners_px, strict=True):
+        window[...] = crop[:, row : row + height, column : column + width]
+
+
+def pretraining_batches(
+    source: ImageSource,
+    fmt: PixelFormat,
+    draw: Draw,
+    *,
+    image_size_px: int,
+    patch_size_px: int,
+    view_size: tuple[int, int],
+    crop_scale: tuple[float, float],
+    seed: int,
+    batch_size: int,
+    micro_batch: int,
+    first_batch: int,
+    total_batches: int,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> Iterator[MicroBatch]:
+    """One process's micro-batches of global batches first_batch up to total_batches, in order.
+
+    Args:
+        source: the images.
+        fmt: what their pixels become.
+        draw: gives the windows and masks of a sample; must be picklable.
+        image_size_px: side of the square crop.
+        patch_size_px: side of a patch.
+        view_size: (rows, columns) of a window in patches.
+        crop_scale: smallest and largest share of an image's area that a crop takes.
+        seed: of the run.
+        batch_size: samples of a global batch, over all processes.
+        micro_batch: most samples of a micro-batch.
+        first_batch: the global batch to begin with, from 0.
+        total_batches: global batches of the whole run.
+        workers: loading processes; 0 loads in this one.
+        rank: number of this process.
+        world_size: count of processes.
+        pin_memory: whether to hand out page-locked memory, for copies to a GPU.
+
+    Raises:
+        UserError: one bad file after another.
+        ValueError: fewer samples in a batch than processes.
+    """
+    share = share_of_batch(batch_size, rank, world_size)
+    windows = _CropWindows(
+        source, fmt, draw, image_size_px, patch_size_px, view_size, crop_scale, seed, last_slot=share.stop - 1
+    )
+    batches = islice(stream(len(source), seed, batch_size, first_batch), total_batches - first_batch)
+    return _loaded(windows, micro_batch_keys(batches, share, micro_batch), workers, pin_memory)
+
+
+@dataclass(frozen=True)
+class _CentreCrops(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    source: ImageSource
+    fmt: PixelFormat
+    size_px: int
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (len(indices), self.fmt.channels, self.size_px, self.size_px)
+        pixels = np.zeros(shape, dtype=self.fmt.dtype)
+        good = torch.ones(len(indices), dtype=torch.bool)
+        for place, index in enumerate(indices):
+            try:
+                image = read_image(self.source.read(index), self.source.name(index))
+                box = centre_crop(image.height, image.width)
+                pixels[place] = image.crop(box, (self.size_px, self.size_px), self.fmt)
+            except (BadImageError, OSError):
+                good[place] = False
+        return torch.from_numpy(pixels), good
+
+
+def centre_crops(
+    source: ImageSource, fmt: PixelFormat, size_px: int, workers: int, batch_size: int = 64
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Central crops of all images in order, for evaluation.
+
+    Args:
+        source: the images.
+        fmt: what their pixels become.
+        size_px: side of the square crop.
+        workers: loading processes; 0 loads in this one.
+        batch_size: images of a batch; the last batch may be smaller.
+
+    Yields:
+        pixels (B, C, size_px, size_px) of fmt.dtype, and good bool (B,): False where a file cannot be read, whose
+        pixels are zero.
+    """
+    starts = range(0, len(source), batch_size)
+    batches = [list(range(start, min(start + batch_size, len(source)))) for start in starts]
+    return _loaded(_CentreCrops(source, fmt, size_px), batches, workers, pin_memory=False)
+
+
+def _loaded(dataset: Dataset, batches: Iterable[list], workers: int, pin_memory: bool) -> Iterator:
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_prepare_worker,
+        prefetch_factor=_PREFETCHED if workers else None,
+        pin_memory=pin_memory,
+        # The DataLoader draws a seed for its workers, which use none; keep that off the run's own random state.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
+
+
+def _prepare_worker(worker: int) -> None:
+    """Leaves signals to the main process and mutes Pillow's warnings; torch itself keeps a worker to one thread.
+
+    Ctrl-C, `timeout` and batch systems signal the whole process group, but only the main process may answer: it saves
+    and then ends its workers, with a SIGTERM of its own where a worker does not listen. So the first SIGTERM is passed
+    over, and a second one ends the worker.
+    """
+
+    def pass_over_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, pass_over_once)
+    # Oddities of files that can be read, such as a broken EXIF block; what cannot be read is reported as bad.
+    warnings.filterwarnings("ignore", module="PIL")
