@@ -26,8 +26,11 @@ import torchvision
 from torchvision.transforms import v2
 
 from lomar.data.decode import PixelFormat
-from lomar.data.loader import SampleKey, pretraining_batches
+from lomar.data.loader import pretraining_batches
 from lomar.data.sources import ImageSource, open_source
+from lomar.methods.masks import UniformMask
+from lomar.methods.reconstruction import ViewsAndMask
+from lomar.methods.views import LocalWindows
 
 PATCH_PX = 16
 WINDOW = 7
@@ -36,29 +39,16 @@ MICRO_BATCH = 32
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class RandomWindows:
-    """Four random windows of a square grid, and a random 80 % of each hidden."""
-
-    def __init__(self, grid: int) -> None:
-        self.window = min(WINDOW, grid)
-        self.last_corner = grid - self.window
-
-    def __call__(self, key: SampleKey) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(hash(key) & 0xFFFF_FFFF)
-        corners = torch.randint(0, self.last_corner + 1, (VIEWS, 2), generator=generator)
-        noise = torch.rand(VIEWS, self.window**2, generator=generator)
-        return corners, noise.argsort(dim=1) < int(0.8 * self.window**2)
-
-
 def lomar_pass(source: ImageSource, image_size_px: int, number: int) -> None:
-    draw = RandomWindows(image_size_px // PATCH_PX)
+    grid = image_size_px // PATCH_PX
+    draw = ViewsAndMask(LocalWindows((grid, grid), WINDOW, VIEWS), UniformMask(WINDOW**2, 0.8), seed=0)
     batches = pretraining_batches(
         source,
         PixelFormat(3, "uint8"),
         draw,
         image_size_px=image_size_px,
         patch_size_px=PATCH_PX,
-        view_size=(draw.window, draw.window),
+        view_size=draw.views.size,
         crop_scale=(0.2, 1.0),
         seed=0,
         batch_size=len(source),

@@ -18,6 +18,7 @@ from lomar.errors import UserError
 
 AUTO = "chosen from the data and the hardware"
 RECIPE = "set by --method"
+LARGEST_SEED = 2**32 - 1  # every generator takes it
 
 
 def option(
@@ -112,7 +113,9 @@ class PretrainOptions:
     )
     weight_decay: float = option("AdamW's weight decay", default=0.05, low=0, metavar="WD")
     clip_grad: float = option("largest norm of the gradient; 0 leaves it as it is", default=3.0, low=0, metavar="NORM")
-    seed: int = option("fixes crops, windows, masks and initial weights", default=0, low=0, metavar="N")
+    seed: int = option(
+        "fixes crops, windows, masks and initial weights", default=0, low=0, high=LARGEST_SEED, metavar="N"
+    )
     precision: str = option("arithmetic of the products", auto=AUTO, choices=("auto", "fp32", "bf16"), metavar="NAME")
     # How fast, how watched: another value leads to the same encoder
     micro_batch: int = option("images per forward pass of a device", auto=AUTO, low=1, metavar="N", results=False)
@@ -157,7 +160,7 @@ class ReconstructOptions:
         below=1,
         metavar="R",
     )
-    seed: int = option("fixes windows and masks", default=0, low=0, metavar="N")
+    seed: int = option("fixes windows and masks", default=0, low=0, high=LARGEST_SEED, metavar="N")
 
 
 def flag(name: str) -> str:
@@ -171,8 +174,9 @@ def fields_of(options: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def suggestion(word: str, known: list[str]) -> str:
-    """' (did you mean ...?)' for a word close to a known one, else ''."""
-    close = get_close_matches(word, known, n=1, cutoff=0.6)
+    """' (did you mean ...?)' for a word that begins a known one or is close to it, else ''."""
+    close = [name for name in known if word.strip("-") and name.startswith(word)]
+    close = close or get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -247,7 +251,7 @@ def _scalar(kind: type, name: str, raw: Any, metadata: Mapping[str, Any]) -> Any
 
 def _range_text(metadata: Mapping[str, Any]) -> str:
     words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-    parts = [f"{word} {metadata[key]:g}" for key, word in words.items() if metadata[key] is not None]
+    parts = [f"{word} {metadata[key]}" for key, word in words.items() if metadata[key] is not None]
     return f", {' and '.join(parts)}" if parts else ""
 
 

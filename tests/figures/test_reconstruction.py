@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from lomar.figures import reconstruction
-from lomar.figures.reconstruction import HIDDEN, OUTLINE, Panel, figure7, figure8, save_png
+from lomar.figures.png import save_png
+from lomar.figures.reconstruction import HIDDEN, OUTLINE, Panel, figure7, figure8
 
 SIDE, PATCH, K = 70, 10, 3  # a 7 x 7 grid; enlarged three times for a tile of 210 px
 SCALE = 3

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lomar.data.decode import PixelFormat
+from lomar.errors import UserError
 
 PAPER_BASE_LR = 1.5e-4  # for 256 images, at batch 4096 (section 6.1)
 SHORT_RUN_LR = 1e-3  # of an optimiser step; the paper's rate is for hundreds of thousands of steps
@@ -45,7 +46,13 @@ class Choice:
 
 
 def find_hardware(device: str, processes: int) -> Hardware:
-    """The hardware behind "auto", "cpu" or "cuda"."""
+    """The hardware behind "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but torch finds no usable GPU here; it can be cpu")
     local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
     cores = max(1, len(os.sched_getaffinity(0)) // local)
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
@@ -91,7 +98,7 @@ def choose(
     settle("image_size", *image_size)
     settle("patch_size", *patch_size)
     batch = settle("batch_size", *_batch_size(count, gpu))
-    rate = min(2e-3, max(PAPER_BASE_LR, SHORT_RUN_LR * 256 / batch))
+    rate = min(8e-3, max(PAPER_BASE_LR, SHORT_RUN_LR * 256 / batch))
     reason = (
         "the paper's" if rate == PAPER_BASE_LR else f"{rate * batch / 256:.1e} per step; the paper's is for long runs"
     )
@@ -143,7 +150,7 @@ def _batch_size(count: int, gpu: bool) -> tuple[int, str]:
 
 def _epochs(count: int, gpu: bool) -> tuple[int, str]:
     """Passes over the data: small data recurs more often; a processor gets what it can do in an hour or two."""
-    passes, least, most = (1600, 200_000, 400 * 1_281_167) if gpu else (30, 12_800, 300_000)
+    passes, least, most = (1600, 200_000, 400 * 1_281_167) if gpu else (30, 6_400, 300_000)
     seen = min(max(passes * count, least), most)
     epochs = max(1, round(seen / count))
     return epochs, f"{epochs * count:,} crops in all"
@@ -160,7 +167,7 @@ def micro_batch(per_image_bytes: int, fixed_bytes: int, share: int, hw: Hardware
     """
     room = max(1, (hw.memory_bytes // 2 - fixed_bytes) // max(1, per_image_bytes))
     # Beyond this a larger pass is no faster: a GPU is full, a processor's caches are not helped.
-    most = 256 if hw.device == "cuda" else 32
+    most = 256 if hw.device == "cuda" else 16
     passes = math.ceil(share / max(1, min(room, most)))
     kept = f"{per_image_bytes / 1e6:.0f} MB each, {hw.memory_bytes / 1e9:.0f} GB free"
     return Choice(math.ceil(share / passes), f"{passes} forward pass{'es' * (passes > 1)} a step; {kept}")

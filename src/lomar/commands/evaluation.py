@@ -1,5 +1,6 @@
 """What a run shows of itself now and then: k-NN or effective rank, reconstructions, curves."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 from lomar.commands.panels import NORMALISED_CAPTION, central_crops, panels
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import centre_crops
-from lomar.data.sources import ImageSource, labelled_split
+from lomar.data.sources import ImageSource, LabelledSplit, labelled_split
 from lomar.downstream.features import pooled_features
 from lomar.downstream.knn import effective_rank, knn_top1
+from lomar.errors import UserError
 from lomar.figures.curves import learning_curves
 from lomar.figures.png import save_png
 from lomar.figures.reconstruction import figure7
@@ -20,8 +22,34 @@ from lomar.options import PretrainOptions
 from lomar.training.records import Metrics, Row
 
 RANKED_IMAGES = 2048  # for the effective rank
+K_NN_IMAGES = {"cpu": (4000, 2000), "cuda": (10_000, 5_000)}  # most images with known labels, most to be told
+PROBED_IMAGES = 16  # of --eval-data, before the run is made
 PICTURED_IMAGES = 6
 CACHED_BYTES = 2**30  # decoded evaluation images are kept up to this size
+
+
+def evaluation_data(options: PretrainOptions, fmt: PixelFormat, device: str) -> LabelledSplit | None:
+    """The labelled images of --eval-data; None if they have fewer than two classes.
+
+    Args:
+        options: of the run.
+        fmt: what the pixels become.
+        device: "cpu" or "cuda"; a GPU can afford more images.
+
+    Raises:
+        UserError: nothing there, or none of it can be read.
+    """
+    if options.eval_data is None:
+        return None
+    split = labelled_split(options.eval_data, options.seed, *K_NN_IMAGES[device], flag="--eval-data")
+    for part in (split.bank, split.queries) if split else ():
+        probed = part.subset(_spread(len(part), PROBED_IMAGES))
+        if not any(good.any() for _, good in centre_crops(probed, fmt, options.image_size, workers=0)):
+            raise UserError(
+                f"--eval-data {options.eval_data}: none of {len(probed)} files can be read as {fmt.channels} channels "
+                f"of {fmt.dtype}, for example {probed.name(0)}"
+            )
+    return split
 
 
 class Evaluation:
@@ -32,7 +60,9 @@ class Evaluation:
     Args:
         fabric: device and precision.
         method: what is trained; its encoder is evaluated.
-        source, fmt: the training images.
+        source: the training images.
+        labelled: what `evaluation_data` found.
+        fmt: what all pixels become.
         options: of the run.
         run: the run's folder.
     """
@@ -42,6 +72,7 @@ class Evaluation:
         fabric: Fabric,
         method: MaskedReconstruction,
         source: ImageSource,
+        labelled: LabelledSplit | None,
         fmt: PixelFormat,
         options: PretrainOptions,
         run: Path,
@@ -51,7 +82,7 @@ class Evaluation:
         self.fmt = fmt
         self.options = options
         self.run = run
-        self.labelled = labelled_split(options.eval_data, options.seed) if options.eval_data else None
+        self.labelled = labelled
         self.unlabelled = source.subset(_spread(len(source), RANKED_IMAGES))
         self.pictured = source.subset(_spread(len(source), PICTURED_IMAGES))
         self._cache: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -69,26 +100,34 @@ class Evaluation:
     def _numbers(self) -> Row:
         if self.labelled is None:
             features, good = self._features("unlabelled", self.unlabelled)
-            return {"effective_rank": round(effective_rank(features[good]), 3)}
+            return {"effective_rank": round(effective_rank(features[good]), 3)} if good.any() else {}
         bank, bank_good = self._features("bank", self.labelled.bank)
         queries, queries_good = self._features("queries", self.labelled.queries)
         bank_labels = torch.from_numpy(self.labelled.bank_labels)[bank_good]
         query_labels = torch.from_numpy(self.labelled.query_labels)[queries_good]
+        if not (bank_good.any() and queries_good.any()):
+            return {}
         return {"knn_top1": round(knn_top1(bank[bank_good], bank_labels, queries[queries_good], query_labels), 5)}
 
     def _features(self, name: str, source: ImageSource) -> tuple[Tensor, Tensor]:
-        """Pooled features float32 (N, D) and good bool (N,); few images stay decoded for the next time."""
+        """Pooled features float32 (N, D), and bool (N,): which are of a readable image and finite."""
+        batches = self._crops(name, source)
+        features, good = pooled_features(
+            self.method.architecture.encoder, batches, self.method.normalise, self.fabric.device
+        )
+        return features, good & features.isfinite().all(dim=1)  # a float image can be too bright for float32
+
+    def _crops(self, name: str, source: ImageSource) -> Iterable[tuple[Tensor, Tensor]]:
+        """Pixels and which are good, in batches; few images stay decoded for the next time."""
         size_px = self.options.image_size
         batches = self._cache.get(name)
         if batches is None:
             fresh = centre_crops(source, self.fmt, size_px, self.options.workers)
             item_bytes = self.fmt.channels * size_px**2 * torch.empty(0, dtype=getattr(torch, self.fmt.dtype)).itemsize
             if len(source) * item_bytes > CACHED_BYTES:
-                return pooled_features(
-                    self.method.architecture.encoder, fresh, self.method.normalise, self.fabric.device
-                )
+                return fresh
             batches = self._cache[name] = list(fresh)
-        return pooled_features(self.method.architecture.encoder, batches, self.method.normalise, self.fabric.device)
+        return batches
 
     def _pictures(self, step: int) -> None:
         pixels = central_crops(self.pictured, self.fmt, self.options.image_size)

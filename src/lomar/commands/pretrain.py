@@ -4,8 +4,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Generator, Mapping
+from dataclasses import MISSING, asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,16 @@ import yaml
 from lightning_fabric import Fabric
 
 from lomar.commands.automatic import Choice, Hardware, choose, find_hardware, micro_batch
-from lomar.commands.evaluation import Evaluation
+from lomar.commands.evaluation import Evaluation, evaluation_data
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import MicroBatch, pretraining_batches
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.sources import ImageSource, LabelledSplit, open_source
 from lomar.data.survey import Survey, channel_statistics, survey
 from lomar.errors import UserError
 from lomar.figures.curves import learning_curves
 from lomar.files import write_atomically
 from lomar.interop.weights import ENCODER_FILE, RECONSTRUCTOR_FILE, save_encoder, save_reconstructor
-from lomar.methods.recipes import RECIPES, Composition
+from lomar.methods.recipes import RECIPES, Composition, Recipe
 from lomar.methods.reconstruction import MaskedReconstruction, ViewsAndMask
 from lomar.model import SIZES
 from lomar.options import PretrainOptions, convert, fields_of, flag, read_config, suggestion
@@ -71,26 +71,34 @@ def pretrain(**options: Any) -> Path:
 
 def command(given: Mapping[str, Any]) -> int:
     """Run `lomar pretrain` with the options that were given; returns the exit status."""
-    if "out" not in given:
+    config = read_config(given["config"], PretrainOptions) if given.get("config") else {}
+    asked = {name: value for name, value in _merged(config, given).items() if value is not None and value != "auto"}
+    if "out" not in asked:
         raise UserError("--out is missing: the folder in which to make the run")
-    run = Path(given["out"])
-    fabric_processes = process_count()
-    if given.get("resume"):
-        options, source = _resumed(given, run)
-        hardware = find_hardware(options.device, fabric_processes)
+    run = Path(asked["out"])
+    resume = bool(asked.get("resume"))
+    processes = process_count()
+    if resume:
+        options, source = _resumed(asked, run)
+        hardware = find_hardware(options.device, processes)
         notes: list[str] = []
     else:
-        options, source, hardware, notes = _resolved(given, run)
-    fabric = _fabric(options, hardware, fabric_processes)
+        options, source, hardware, notes = _resolved(asked, run)
+    labelled = None
+    if options.eval_data:
+        labelled = evaluation_data(options, _pixel_format(options), hardware.device)
+        if labelled is None:
+            notes.append(f"--eval-data {options.eval_data} has no two classes: effective rank instead of k-NN")
+    fabric = _fabric(options, hardware, processes)
     composition = _composition(options)
     torch.manual_seed(options.seed)
     method = composition.build()
-    _begin(fabric, run, options, resume=bool(given.get("resume")))
+    _begin(fabric, run, options, resume)
     try:
         with Display(options.log_every, enabled=fabric.is_global_zero) as display, StopRequest() as stop:
             for note in notes:
                 display.say(note)
-            return _train(fabric, run, options, composition, method, source, display, stop)
+            return _train(fabric, run, options, composition, method, source, labelled, display, stop)
     finally:
         close_log()
 
@@ -102,6 +110,7 @@ def _train(
     composition: Composition,
     method: MaskedReconstruction,
     source: ImageSource,
+    labelled: LabelledSplit | None,
     display: Display,
     stop: StopRequest,
 ) -> int:
@@ -109,8 +118,8 @@ def _train(
     course = _course(options, len(source))
     draw = ViewsAndMask(method.views, method.mask, options.seed)
 
-    def batches(first_step: int) -> Iterator[MicroBatch]:
-        return pretraining_batches(
+    def batches(first_step: int) -> Generator[MicroBatch, None, None]:
+        yield from pretraining_batches(
             source,
             fmt,
             draw,
@@ -134,7 +143,7 @@ def _train(
         save_reconstructor(run / RECONSTRUCTOR_FILE, method, composition)
 
     optimizer = adamw(method, options.weight_decay)
-    evaluation = Evaluation(fabric, method, source, fmt, options, run)
+    evaluation = Evaluation(fabric, method, source, labelled, fmt, options, run)
     trainer = Trainer(fabric, method, optimizer, course, batches, run, display, export, evaluation)
     trainer.restore()
     if trainer.progress.step >= course.total_steps:
@@ -143,7 +152,10 @@ def _train(
         return 0
     if trainer.progress.step == 0:
         trainer.save()  # from here on the run can be loaded, reconstructed from and resumed
-    finished = trainer.run(stop)
+    try:
+        finished = trainer.run(stop)
+    finally:
+        trainer.close()
     if fabric.is_global_zero:
         learning_curves(Metrics.read(run / "metrics.jsonl"), run / "figures" / "curves.png")
     if not finished:
@@ -160,24 +172,16 @@ def _how_to_load(run: Path) -> str:
     )
 
 
-def _resolved(given: Mapping[str, Any], run: Path) -> tuple[PretrainOptions, ImageSource, Hardware, list[str]]:
-    """Options of a new run, all settled: flag, then --config, then recipe, then automatic."""
-    config = read_config(given["config"], PretrainOptions) if given.get("config") else {}
-    asked = _merged(config, given)
-    name = asked.get("method", "lomar")
-    if name not in RECIPES:
-        raise UserError(f"--method is {name!r}; there is {', '.join(RECIPES)}{suggestion(name, list(RECIPES))}")
-    asked = _merged(RECIPES[name].options, asked)
-    asked = {key: value for key, value in asked.items() if value is not None and value != "auto"}
+def _resolved(asked: Mapping[str, Any], run: Path) -> tuple[PretrainOptions, ImageSource, Hardware, list[str]]:
+    """Options of a new run, all settled: what was asked for (flag, then --config), then recipe, then automatic."""
+    asked = _merged(_recipe(asked.get("method", "lomar")).options, asked)
     if "data" not in asked:
         raise UserError("--data is missing: a folder of images, a .txt file of paths, or 'sample'")
-    if _holds_run(run) and not asked.get("overwrite"):
+    if holds_run(run) and not asked.get("overwrite"):
         raise UserError(f"--out {run} already holds a run; --resume goes on with it, --overwrite deletes it")
     if run.exists() and not run.is_dir():
         raise UserError(f"--out {run} is a file; it must be a folder")
-    hardware = find_hardware(given.get("device", "auto"), process_count())
-    if asked.get("device") == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but torch finds no usable GPU here; leave it out or use cpu")
+    hardware = find_hardware(asked.get("device", "auto"), process_count())
     source = open_source(asked["data"])
     share = asked.get("max_bad_share", fields_of(PretrainOptions)["max_bad_share"].default)
     found = survey(source, max_bad_share=share, channels=asked.get("channels"))
@@ -208,31 +212,43 @@ def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any
     return {key: value for key, value in lower.items() if key not in rivals} | dict(upper)
 
 
-def _resumed(given: Mapping[str, Any], run: Path) -> tuple[PretrainOptions, ImageSource]:
+def _recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise UserError(f"--method is {name!r}; there is {', '.join(RECIPES)}{suggestion(name, list(RECIPES))}")
+    return RECIPES[name]
+
+
+def _resumed(asked: Mapping[str, Any], run: Path) -> tuple[PretrainOptions, ImageSource]:
     """Options of the run in --out; those that do not change results may be given anew."""
-    if given.get("overwrite"):
+    if asked.get("overwrite"):
         raise UserError("--resume and --overwrite are both given; give one")
-    if not _holds_run(run):
+    file = run / CONFIG_FILE
+    if not file.exists():
         raise UserError(f"--out {run} holds no run to resume: there is no {CONFIG_FILE} in it")
-    stored = read_config(str(run / CONFIG_FILE), PretrainOptions)
+    stored = read_config(str(file), PretrainOptions)
     fields = fields_of(PretrainOptions)
-    for name, value in given.items():
+    for name, value in asked.items():
         if fields[name].metadata["results"] and stored.get(name) != value:
             raise UserError(
                 f"{flag(name)} is {value!r}, but the run in {run} has {stored.get(name)!r}; "
                 "a resumed run keeps what changes its results"
             )
-    changed = {name: value for name, value in given.items() if value != "auto"}
-    try:
-        options = PretrainOptions(**stored | changed)
-    except TypeError as error:
-        raise UserError(f"{run / CONFIG_FILE} is not complete ({error})") from error
+    values = stored | dict(asked)
+    missing = [name for name, field in fields.items() if field.default is MISSING and name not in values]
+    if missing:
+        raise UserError(f"{file} is not complete: it lacks {', '.join(missing)}")
+    options = PretrainOptions(**values)
+    if options.model not in SIZES or (options.epochs is None) == (options.max_steps is None):
+        raise UserError(f"{file} is not what a run writes: it must settle model, and one of epochs and max_steps")
+    _recipe(options.method)
     _check_fit(asdict(options))
+    _check_statistics(asdict(options))
     return options, open_source(options.data)
 
 
-def _holds_run(run: Path) -> bool:
-    return (run / CONFIG_FILE).exists()
+def holds_run(run: Path) -> bool:
+    """Whether a folder holds a run, or what is left of one."""
+    return any((run / name).exists() for name in (CONFIG_FILE, "metrics.jsonl", "checkpoints"))
 
 
 def _check_fit(values: Mapping[str, Any]) -> None:
@@ -241,6 +257,8 @@ def _check_fit(values: Mapping[str, Any]) -> None:
     if image % patch:
         nearest = max(patch, round(image / patch) * patch)
         raise UserError(f"--image-size {image} is not a multiple of --patch-size {patch}; {nearest} would be")
+    if patch**2 * values["channels"] < 2:
+        raise UserError("--patch-size 1 with 1 channel leaves one number a patch, which cannot be normalised; take 2")
     grid = image // patch
     if window > grid:
         raise UserError(
@@ -397,12 +415,17 @@ def _begin(fabric: Fabric, run: Path, options: PretrainOptions, resume: bool) ->
     """Make the run's folder; from here on the run exists."""
     fabric.barrier()
     if fabric.is_global_zero:
-        if not resume:
-            for name in RUN_FILES if options.overwrite else ():
-                _delete(run / name)
-            run.mkdir(parents=True, exist_ok=True)
-            _write_config(run, options)
-        open_log(run).info("lomar %s", " ".join(sys.argv[1:]))
+        try:
+            if not resume:
+                # The configuration goes last and comes first, so that a folder with anything in it is known as a run.
+                for name in reversed(RUN_FILES) if options.overwrite and holds_run(run) else ():
+                    _delete(run / name)
+                run.mkdir(parents=True, exist_ok=True)
+                _write_config(run, options)
+            log = open_log(run)
+        except OSError as error:
+            raise UserError(f"--out {run} cannot be written: {error.strerror}") from error
+        log.info("lomar %s", " ".join(sys.argv[1:]))
     fabric.barrier()
 
 

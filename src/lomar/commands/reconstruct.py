@@ -1,5 +1,6 @@
 """`lomar reconstruct`: pictures of what a run fills in, as the paper's Figures 7 and 8."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,10 @@ def command(given: Mapping[str, Any]) -> int:
         picture = figure7(drawn[0], f"{options.mask_ratios[0]:.0%} hidden. {about}")
     else:
         picture = figure8(list(zip(*drawn, strict=True)), options.mask_ratios, about)
-    save_png(picture, out)
+    try:
+        save_png(picture, out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     sys.stdout.write(f"{out}: {len(pixels)} images at {len(drawn)} mask ratios\n")
     return 0
 
@@ -58,5 +62,5 @@ def _images(paths: Sequence[str]) -> ImageSource:
             names = [path]
         else:
             raise UserError(f"--images: there is no file or folder {path}")
-        found += [str(Path(name).resolve()).encode() for name in names]
+        found += [os.fsencode(Path(name).resolve()) for name in names]
     return ImageSource("/", found)

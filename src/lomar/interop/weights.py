@@ -107,9 +107,13 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is not a safetensors file ({_first_line(error)})") from error
-    metadata = json.loads(text) if text else {}
-    if metadata.get("kind") != kind:
-        raise UserError(f"{path} holds {metadata.get('kind', 'weights of something else')}, not the {kind} of a run")
+    try:
+        metadata = json.loads(text or "{}")
+        found = metadata.get("kind", "weights of something else")
+    except (ValueError, AttributeError):
+        found = "weights of something else"
+    if found != kind:
+        raise UserError(f"{path} holds {found}, not the {kind} of a run")
     return metadata, tensors
 
 

@@ -4,7 +4,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -100,10 +101,12 @@ class BadFiles:
         self.path = path
         self.names: set[str] = set()
         if path.exists():
-            self.names = {line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()}
+            self.names = {line.split("\t")[0] for line in path.read_text(encoding="utf-8").split("\n")[:-1]}
 
     def add(self, found: list[tuple[str, str]]) -> list[str]:
         """Record files; the names that are new come back."""
+        on_one_line = str.maketrans("\t\r\n", "   ")
+        found = [(name.translate(on_one_line), reason.translate(on_one_line)) for name, reason in found]
         new = {name: reason for name, reason in found if name not in self.names}
         if new:
             self.names.update(new)
@@ -133,7 +136,7 @@ class Trainer:
         method: (pixels, corners, hidden) -> sum of losses and count of hidden patches.
         optimizer: over the method's parameters.
         course: what to do.
-        batches: first step, then learning: micro-batches from that step on.
+        batches: first step -> micro-batches from that step on.
         run: the run's folder.
         display: progress.
         export: writes what a user takes away (encoder, reconstructor) into the run; called at every checkpoint.
@@ -146,7 +149,7 @@ class Trainer:
         method: nn.Module,
         optimizer: torch.optim.Optimizer,
         course: Course,
-        batches: Callable[[int], Iterator[MicroBatch]],
+        batches: Callable[[int], Generator[MicroBatch, None, None]],
         run: Path,
         display: Display,
         export: Callable[[], None],
@@ -163,7 +166,7 @@ class Trainer:
         self.evaluate = evaluate
         self.progress = Progress()
         self.metrics = Metrics(run / "metrics.jsonl")
-        self.tensorboard = TensorBoard(run, after_step=-1) if fabric.is_global_zero else None
+        self.tensorboard: TensorBoard | None = None  # opened by `restore`, which knows from where it counts
         self.bad_files = BadFiles(run / "bad_files.txt")
         self._buffer: list[tuple[Row, Tensor, Tensor, list[str]]] = []
         self._evaluation_s = 0.0  # the last one
@@ -178,8 +181,9 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "progress": vars(self.progress).copy(),
             }
-            save_checkpoint(self.checkpoint, state)
+            # Before the checkpoint: a run that was killed here then makes these files again.
             self.export()
+            save_checkpoint(self.checkpoint, state)
         self.fabric.barrier()
 
     def restore(self) -> None:
@@ -195,9 +199,15 @@ class Trainer:
         self._buffer.clear()
         if self.fabric.is_global_zero:
             Metrics.cut(self.metrics.path, after_step=self.progress.step)
-            if self.tensorboard:
-                self.tensorboard.close()
-            self.tensorboard = TensorBoard(self.checkpoint.parent.parent, after_step=self.progress.step)
+            self.close()
+            if self.progress.step < self.course.total_steps:
+                self.tensorboard = TensorBoard(self.checkpoint.parent.parent, after_step=self.progress.step)
+
+    def close(self) -> None:
+        """Let go of the files that stay open while training."""
+        if self.tensorboard:
+            self.tensorboard.close()
+        self.tensorboard = None
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the end, or until `stop` asks; True when finished.
@@ -219,11 +229,15 @@ class Trainer:
                 self.save()
 
     def _train(self, stop: StopRequest) -> bool:
-        course, progress = self.course, self.progress
-        if progress.step == 0:
+        if self.progress.step == 0:
             self._evaluate_first()
-        self.display.start(course.total_steps, progress.step)
-        batches = self.batches(progress.step)
+        self.display.start(self.course.total_steps, self.progress.step)
+        # Closed here, not by the garbage collector: a loader's workers that outlive it keep the process from ending.
+        with closing(self.batches(self.progress.step)) as batches:
+            return self._learn(batches, stop)
+
+    def _learn(self, batches: Iterator[MicroBatch], stop: StopRequest) -> bool:
+        course, progress = self.course, self.progress
         began = saved = time.monotonic()
         elapsed_before = progress.elapsed_s
         self.model.train()
@@ -235,6 +249,8 @@ class Trainer:
             finished = progress.step == course.total_steps
             stopping = self._anyone(stop.signal_number > 0)
             if finished or self._evaluation_due():
+                if not loss.isfinite() or not grad_norm.isfinite():
+                    self.flush()  # raises; such weights are not to be evaluated
                 row |= self._evaluated()
             if len(self._buffer) >= BUFFERED_STEPS or self.fabric.device.type == "cpu" or finished or stopping:
                 self.flush()

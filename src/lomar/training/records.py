@@ -101,12 +101,13 @@ class Display:
         self._line = ""
 
     def start(self, total_steps: int, first_step: int) -> None:
-        """Begins to show progress.
+        """Begins to show progress, anew where it was shown before.
 
         Args:
             total_steps: optimiser steps of the whole run.
             first_step: steps already done, above 0 when the run was resumed.
         """
+        self.stop()
         self._total_steps, self._done = total_steps, first_step
         self._line = f"step {first_step}/{total_steps}"
         if self._enabled and self._console.is_interactive:

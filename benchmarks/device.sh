@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Every check that waits for a GPU, in one call under ten minutes on a machine without network; results go to $OUT.
+#
+# Before the call, on a machine with a package registry, put beside the tree what that machine lacks:
+#   pip download -q --no-deps -d .device/wheels timm lightning-fabric lightning-utilities simplejpeg tifffile safetensors
+#   python ../shared/tools/shrink_images.py ../shared/data/imagenette .device/imagenette.zip
+# and carry .device. Commit what comes back under benchmarks/results/ with date, hardware and this command.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-.device/out}
+mkdir -p "$out"
+export PYTHONPATH=src:.device/site
+python3 -m pip install -q --no-index --no-deps --target .device/site .device/wheels/*.whl
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/hardware.txt"
+python3 -c "import torch; print('torch', torch.__version__)" | tee -a "$out/hardware.txt"
+
+# 1. A step costs the windows, not the image: time and peak memory at 224, 448 and 896 px.
+python3 benchmarks/resolution.py --device cuda --images 256 --steps 20 | tee "$out/resolution.md"
+python3 benchmarks/resolution.py --device cuda --images 256 --steps 20 --mask-layer 8 | tee "$out/resolution-late.md"
+
+# 2. A run on a GPU goes through: automatic choices, bf16, pinned transfers, resume, k-NN rising.
+if [ -f .device/imagenette.zip ]; then
+    python3 -m zipfile -e .device/imagenette.zip .device/imagenette
+    common="--data .device/imagenette/train --eval-data .device/imagenette --model small --image-size 112 --patch-size 8"
+    timeout 240 python3 -m lomar pretrain $common --mask-layer 10 --epochs 40 --batch-size 256 --out "$out/late" || true
+    timeout 60 python3 -m lomar pretrain --out "$out/late" --resume || true
+    python3 -m lomar reconstruct --model "$out/late" --images .device/imagenette/val --out "$out/late.png"
+    cp "$out/late/metrics.jsonl" "$out/late-metrics.jsonl"
+    cp "$out/late/figures/curves.png" "$out/late-curves.png"
+    rm -rf "$out/late"
+fi

@@ -1,0 +1,163 @@
+"""Claims about the command line itself: help, wrong words, exit status, and what is not imported."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lomar import __version__
+from lomar.cli import COMMANDS, main, parse
+from lomar.errors import TrainingError, UserError
+
+# The names that issue 2 fixes.
+INTERFACE = {
+    "pretrain": (
+        "--data --out --method --model --image-size --patch-size --window-size --views --mask-ratio --mask-layer "
+        "--crop-scale --window-layout --epochs --max-steps --warmup-epochs --batch-size --micro-batch --base-lr "
+        "--weight-decay --workers --precision --device --seed --checkpoint-steps --log-every --eval-data --config "
+        "--resume --overwrite"
+    ),
+    "reconstruct": "--model --images --out --mask-ratios --seed",
+}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in COMMANDS) and "lomar pretrain --data sample" in out
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lomar {__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option_of_the_interface(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([name, "--help"])
+    assert done.value.code == 0
+    options = capsys.readouterr().out.split("options:")[1]
+    for option in INTERFACE[name].split():
+        line = options.split(f"\n  {option}", 1)[1]  # the option begins a line...
+        assert line[0] in " \n" and line.split("\n  -")[0].strip()  # ...and has a text
+
+
+def test_help_says_what_is_chosen_when_an_option_is_not_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "tiny, small, base, large, huge, auto [chosen from the data and the hardware]",
+        "independent, released [set by --method]",
+        "[0.2 1.0]",
+        "AdamW's weight decay [0.05]",
+    ):
+        assert text in out
+
+
+def test_help_and_import_load_neither_torch_nor_timm() -> None:
+    code = """
+import sys, lomar
+from lomar.cli import main
+for arguments in ([], ["--help"], ["pretrain", "--help"], ["reconstruct", "--help"], ["pretrian"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+heavy = {"torch", "timm", "numpy", "PIL", "matplotlib"} & set(sys.modules)
+sys.exit(f"loaded {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_module_runs_as_the_command_and_hands_on_its_status() -> None:
+    done = subprocess.run([sys.executable, "-m", "lomar", "pretrian"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("lomar: error: there is no command 'pretrian' (did you mean pretrain?); try lomar --help\n")
+
+
+def test_the_installed_command_is_main() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"lomar": "lomar.cli:main"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--batch-sise 3", "there is no option --batch-sise (did you mean --batch-size?)"),
+        ("--bat 3", "there is no option --bat (did you mean --batch-size?)"),
+        ("--bat=3", "there is no option --bat=3 (did you mean --batch-size?)"),
+        ("--zzz", "there is no option --zzz"),
+        ("photos", "there is no option photos"),
+        ("--batch-size", "argument --batch-size: expected one argument"),
+        ("--crop-scale 0.5", "argument --crop-scale: expected 2 arguments"),
+        ("--batch-size x", "--batch-size is 'x'; it must be a whole number, at least 1"),
+        ("--batch-size 2.5", "--batch-size is '2.5'; it must be a whole number, at least 1"),
+        ("--batch-size 0", "--batch-size is '0'; it must be a whole number, at least 1"),
+        ("--epochs 0", "--epochs is '0'; it must be a number, above 0"),
+        ("--epochs nan", "--epochs is 'nan'; it must be a number, above 0"),
+        ("--epochs inf", "--epochs is 'inf'; it must be a number, above 0"),
+        ("--max-steps 0", "--max-steps is '0'; it must be a whole number, at least 1"),
+        ("--mask-ratio 0", "--mask-ratio is '0'; it must be a number, above 0 and below 1"),
+        ("--mask-ratio 1", "--mask-ratio is '1'; it must be a number, above 0 and below 1"),
+        ("--mask-ratio nan", "--mask-ratio is 'nan'; it must be a number, above 0 and below 1"),
+        ("--mask-layer -1", "--mask-layer is '-1'; it must be a whole number, at least 0"),
+        ("--seed -1", "--seed is '-1'; it must be a whole number, at least 0 and at most 4294967295"),
+        ("--seed 4294967296", "--seed is '4294967296'; it must be a whole number, at least 0 and at most 4294967295"),
+        ("--crop-scale 0 1", "--crop-scale is '0'; it must be a number, above 0 and at most 1"),
+        ("--model tinny", "--model is 'tinny'; it can be tiny, small, base, large, huge, auto (did you mean tiny?)"),
+        ("--precision fp16", "--precision is 'fp16'; it can be auto, fp32, bf16 (did you mean bf16?)"),
+        ("--resume=yes", "argument --resume: ignored explicit argument 'yes'"),
+    ],
+)
+def test_a_wrong_word_is_one_line_and_status_2(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["pretrain", "--data", "sample", "--out", str(out), *words.split()]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"lomar: error: {message}\n")
+    assert not out.exists()
+
+
+def test_values_reach_the_command_with_their_types() -> None:
+    words = "--out run --views 3 --base-lr 1e-3 --crop-scale 0.1 0.9 --mean 0.5 --resume"
+    typed = parse("pretrain", words.split())
+    assert typed == {
+        "out": "run",
+        "views": 3,
+        "base_lr": 1e-3,
+        "crop_scale": (0.1, 0.9),
+        "mean": (0.5,),
+        "resume": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (UserError("no"), 2, "lomar: error: no\n"),
+        (TrainingError("no"), 1, "lomar: failed: no\n"),
+        (KeyboardInterrupt(), 130, "lomar: interrupted\n"),
+    ],
+)
+def test_each_kind_of_failure_has_its_status(
+    error: BaseException,
+    status: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import lomar.commands.reconstruct
+
+    def fail(given: object) -> int:
+        raise error
+
+    monkeypatch.setattr(lomar.commands.reconstruct, "command", fail)
+    assert main(["reconstruct"]) == status
+    assert capsys.readouterr().err == text
