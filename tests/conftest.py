@@ -49,12 +49,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The encoder "tiny" is 16 wide and 3 deep, with 2 heads."""
+def miniature(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The encoder "tiny" is 16 wide and 3 deep, with 2 heads, and runs on one thread: more would only wait."""
+    import torch
+
     from lomar.model import SIZES
 
     width, depth, heads = map(int, SMALL.split(","))
     monkeypatch.setitem(SIZES, "tiny", (width, depth, heads))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -210,11 +216,13 @@ import multiprocessing, os, sys, time
 multiprocessing.set_start_method("fork", force=True)  # for its workers: as in a process started by hand
 target = os.open({str(errors)!r}, os.O_CREAT | os.O_WRONLY)
 os.dup2(target, 1), os.dup2(os.dup(target), 2)
+import torch
 import lomar.commands.evaluation as evaluation, lomar.commands.pretrain as pretrain
 from lomar.cli import main
 from lomar.model import SIZES
 from lomar.training.loop import Trainer
 SIZES["tiny"] = ({SMALL})
+torch.set_num_threads(1)
 if not {pictures}:
     evaluation.Evaluation._pictures = lambda self, step: None
     evaluation.learning_curves = pretrain.learning_curves = lambda rows, path: None

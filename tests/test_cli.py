@@ -52,7 +52,7 @@ def test_help_says_what_is_chosen_when_an_option_is_not_given(capsys: pytest.Cap
     out = " ".join(capsys.readouterr().out.split())
     for text in (
         "tiny, small, base, large, huge, auto [chosen from the data and the hardware]",
-        "independent, released [set by --method]",
+        "independent, released [lomar: independent]",
         "[0.2 1.0]",
         "AdamW's weight decay [0.05]",
     ):

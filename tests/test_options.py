@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from lomar.errors import UserError
+from lomar.methods.recipes import RECIPES
 from lomar.options import PretrainOptions, ReconstructOptions, convert, fields_of, flag, read_config, suggestion
 
 
@@ -16,6 +17,11 @@ def test_every_option_has_a_help_text_and_its_default_is_allowed(options: type) 
         assert field.metadata["help"], name
         if isinstance(field.default, int | float | str | tuple):
             assert convert(options, name, field.default) == field.default
+
+
+def test_the_help_tells_the_values_of_the_recipe() -> None:
+    for name, value in RECIPES["lomar"].options.items():
+        assert fields_of(PretrainOptions)[name].metadata["auto"].split(",")[0] == f"lomar: {value}"
 
 
 @pytest.mark.parametrize(

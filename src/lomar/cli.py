@@ -45,7 +45,7 @@ def parser_for(name: str) -> Parser:
             text += f": {', '.join(field.metadata['choices'])}"
         if field.metadata["auto"]:
             text += f" [{field.metadata['auto']}]"
-        elif field.default not in (MISSING, None, False):
+        elif field.default is not MISSING and field.default is not None and field.default is not False:
             default = field.default
             text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
         text = text.replace("%", "%%")

@@ -17,7 +17,6 @@ import yaml
 from lomar.errors import UserError
 
 AUTO = "chosen from the data and the hardware"
-RECIPE = "set by --method"
 LARGEST_SEED = 2**32 - 1  # every generator takes it
 
 
@@ -39,7 +38,7 @@ def option(
     Args:
         text: its help.
         default: used when nothing else gives a value.
-        auto: who gives the value where there is no default (`AUTO`, `RECIPE`).
+        auto: who gives the value where there is no default (`AUTO`, or the recipe and its value).
         low, above, high, below: bounds, `above` and `below` excluded.
         choices: the only values allowed.
         metavar: what stands for the value in the help.
@@ -64,7 +63,9 @@ class PretrainOptions:
     """Pretrain a vision transformer on a folder of images."""
 
     # What and where
-    data: str = option("folder of images, .txt file of paths, or 'sample' (a few embedded photographs)", metavar="DIR")
+    data: str = option(
+        "folder of images, .txt file of paths, or 'sample' (a few embedded photographs)", metavar="DIR", results=False
+    )
     out: str = option("folder of the run, made here", metavar="RUN", results=False)
     config: str | None = option("YAML file of options; flags win over it", default=None, metavar="FILE", results=False)
     resume: bool = option("go on with the run in --out; needs no other option", default=False, results=False)
@@ -76,15 +77,17 @@ class PretrainOptions:
     )
     image_size: int = option("side of the crop, in pixels", auto=AUTO, low=1, metavar="PX")
     patch_size: int = option("side of a patch, in pixels", auto=AUTO, low=1, metavar="PX")
-    window_size: int = option("side of a window, in patches", auto=RECIPE, low=1, metavar="K")
-    views: int = option("windows per image", auto=RECIPE, low=1, metavar="N")
+    window_size: int = option("side of a window, in patches", auto="lomar: 7", low=1, metavar="K")
+    views: int = option("windows per image", auto="lomar: 4", low=1, metavar="N")
     mask_ratio: float = option(
-        "share of a window's patches that are hidden", auto=RECIPE, above=0, below=1, metavar="R"
+        "share of a window's patches that are hidden", auto="lomar: 0.8", above=0, below=1, metavar="R"
     )
-    mask_layer: int = option("block before which the mask tokens enter", auto=RECIPE, low=0, metavar="L")
+    mask_layer: int = option(
+        "block before which the mask tokens enter", auto="lomar: 0, the paper's", low=0, metavar="L"
+    )
     window_layout: str = option(
         "windows of each image's own, or shared and repeated as in the released code",
-        auto=RECIPE,
+        auto="lomar: independent",
         choices=("independent", "released"),
         metavar="NAME",
     )
@@ -116,7 +119,9 @@ class PretrainOptions:
     seed: int = option(
         "fixes crops, windows, masks and initial weights", default=0, low=0, high=LARGEST_SEED, metavar="N"
     )
-    precision: str = option("arithmetic of the products", auto=AUTO, choices=("auto", "fp32", "bf16"), metavar="NAME")
+    precision: str = option(
+        "precision of the matrix products", auto=AUTO, choices=("auto", "fp32", "bf16"), metavar="NAME"
+    )
     # How fast, how watched: another value leads to the same encoder
     micro_batch: int = option("images per forward pass of a device", auto=AUTO, low=1, metavar="N", results=False)
     workers: int = option("processes that read images, per device", auto=AUTO, low=0, metavar="W", results=False)

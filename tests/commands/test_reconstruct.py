@@ -78,8 +78,8 @@ def test_an_image_whose_name_is_no_text_is_drawn(
         ("--model {run}/encoder.safetensors --images {photos} --out {out}", "holds encoder, not the reconstructor"),
         ("--model {run}/config.yaml --images {photos} --out {out}", "is not a safetensors file"),
         ("--model {run} --images nowhere --out {out}", "--images: there is no file or folder nowhere"),
-        ("--model {run} --images {run} --out {out}", None),
-        ("--model {run} --images {run}/config.yaml --out {out}", "none of the 1 images can be read"),
+        ("--model {run} --images {run} --out {out}", "no image in this folder"),  # a run's own pictures are no data
+        ("--model {run} --images {run}/config.yaml --out {out}", "--images: none of 1 can be read, for example"),
         ("--model {run} --images {photos} --out figure.jpg", "--out is figure.jpg; it must end in .png"),
         ("--model {run} --images {photos} --out {photos}/red/0.png/x.png", "cannot be written"),
         ("--model {run} --images {photos} --out {out} --mask-ratios 0.05", "--mask-ratios: a ratio of 0.05 hides 0"),
@@ -88,12 +88,20 @@ def test_an_image_whose_name_is_no_text_is_drawn(
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(
-    words: str, message: str | None, lomar: Command, finished_run: Path, photos: Path, tmp_path: Path
+    words: str, message: str, lomar: Command, finished_run: Path, photos: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "figure.png"
     outcome = lomar("reconstruct", words.format(photos=photos, run=finished_run, out=out))
-    if message is None:  # a run's own pictures are images like others
-        assert outcome.status == 0
-    else:
-        assert outcome.status == 2 and outcome.err.count("\n") == 1 and message in outcome.err
-        assert not out.exists()
+    assert outcome.status == 2 and outcome.err.count("\n") == 1 and message in outcome.err
+    assert not out.exists()
+
+
+def test_an_unreadable_image_among_good_ones_is_passed_over(
+    lomar: Command, finished_run: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.png").write_text("no")
+    out = tmp_path / "figure.png"
+    images = (tmp_path / "bad.png", photos / "red" / "0.png")
+    outcome = lomar("reconstruct --model", finished_run, "--out", out, "--images", *images)
+    assert outcome.status == 0 and outcome.out.startswith(f"{out}: 1 images")
+    assert outcome.err == f"lomar: skipped an unreadable image: {tmp_path / 'bad.png'}\n"

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+import lomar as package
 
 Command = Callable[..., Any]
 Rows = Callable[[Path], list[dict[str, Any]]]
@@ -138,6 +141,54 @@ def test_when_the_last_checkpoint_stands_so_does_the_encoder_of_the_same_step(
         found = load_file(tmp_path / name / "encoder.safetensors")
         assert all(torch.equal(found[key], expected[key]) for key in expected)
         assert course(tmp_path / name) == course(tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_the_same_images_alone(
+    lomar: Command, pretrain: Command, interrupted_at: Callable[[int], None], photos: Path, tmp_path: Path
+) -> None:
+    """A file more would change which image comes when. The folder itself may move."""
+    shutil.copytree(photos, tmp_path / "photos")
+    interrupted_at(3)
+    assert pretrain(tmp_path / "run", STEPS, "--data", tmp_path / "photos").status == 130
+    shutil.copytree(photos, tmp_path / "more")
+    shutil.copy(photos / "red" / "0.png", tmp_path / "more" / "red" / "4.png")
+    outcome = lomar("pretrain --resume --out", tmp_path / "run", "--data", tmp_path / "more")
+    assert outcome.status == 2 and "the images are not those that the run in" in outcome.err
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    assert lomar("pretrain --resume --out", tmp_path / "run", "--data", tmp_path / "moved").status == 0
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_in_python_a_signal_saves_and_is_raised(
+    number: signal.Signals,
+    raised: type[BaseException],
+    photos: Path,
+    tmp_path: Path,
+    miniature: None,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lomar.training.loop import Trainer
+
+    step = Trainer._step
+
+    def signalled(self: Trainer, batches: Any) -> Any:
+        signal.raise_signal(number)
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_step", signalled)
+    with pytest.raises(raised):
+        package.pretrain(
+            data=photos,
+            out=tmp_path,
+            model="tiny",
+            image_size=32,
+            patch_size=8,
+            window_size=3,
+            workers=0,
+            max_steps=5,
+        )
+    assert torch.load(tmp_path / "checkpoints" / "last.pt")["progress"]["step"] == 1
 
 
 # Real processes

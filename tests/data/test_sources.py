@@ -172,3 +172,15 @@ def test_a_query_class_that_the_bank_lacks_is_refused(tmp_path):
     touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/dog/1.jpg")
     with pytest.raises(UserError, match=r"--eval-data .*val: class 'dog' has no images in .*train"):
         labelled_split(str(tmp_path), seed=0)
+
+
+def test_a_run_inside_the_data_is_left_out(tmp_path):
+    """Its own pictures would be trained on, and would change the data when it is resumed."""
+    touch(tmp_path, "a.png", "run/figures/curves.png", "run/config.yaml", "run/train.log", "other/b.png")
+    source = open_source(str(tmp_path))
+    assert [source.relative_path(index) for index in range(len(source))] == [b"a.png", b"other/b.png"]
+
+
+def test_a_fingerprint_tells_the_files_and_not_where_they_lie():
+    here, there = (ImageSource(root, [b"a", b"bc"]).fingerprint() for root in ("x", "y"))
+    assert here == there != ImageSource("x", [b"ab", b"c"]).fingerprint()

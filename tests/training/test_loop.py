@@ -73,6 +73,7 @@ def make_trainer(
     course = Course(
         total_steps=steps,
         images=20,
+        fingerprint="these",
         batch_size=sum(sizes),
         schedule=Schedule(0.1, 0.0, steps),
         clip_grad=clip_grad,
@@ -297,7 +298,7 @@ def test_evaluations_take_a_tenth_of_the_time_unless_asked_for(tmp_path: Path) -
 
     trainer = make_trainer(tmp_path)
     trainer.course = replace(trainer.course, evaluation_steps=2, evaluation_forced=False)
-    trainer._evaluation_s, trainer._evaluations_s = 1.0, 3.0
+    trainer._evaluation_s, trainer.progress.evaluations_s = 1.0, 3.0
     due = {}
     for step, elapsed_s in ((2, 39.0), (2, 41.0), (3, 41.0)):
         trainer.progress.step, trainer.progress.elapsed_s = step, elapsed_s

@@ -3,10 +3,13 @@
 The rules are plain functions of numbers, so that a reader can check them and a test can fix them.
 """
 
+import contextlib
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,13 +57,40 @@ def find_hardware(device: str, processes: int) -> Hardware:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch finds no usable GPU here; it can be cpu")
     local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
-    cores = max(1, len(os.sched_getaffinity(0)) // local)
+    cores = max(1, _cores() // local)
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         free, _ = torch.cuda.mem_get_info()
         return Hardware("cuda", torch.cuda.get_device_name(), free, cores, torch.cuda.is_bf16_supported())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local
     capability = torch.backends.cpu.get_cpu_capability()
-    return Hardware("cpu", f"CPU ({capability})", free, cores, torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return Hardware("cpu", f"CPU ({capability})", _available_bytes() // local, cores, _cpu_has_bf16())
+
+
+def _cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping: the kernel's estimate, within a container's limit.
+
+    8 GB where the system does not say (outside Linux).
+    """
+    limits = []
+    for path, pattern, unit in (
+        ("/proc/meminfo", r"MemAvailable:\s+(\d+)", 1024),
+        ("/sys/fs/cgroup/memory.max", r"(\d+)", 1),
+    ):
+        with contextlib.suppress(OSError):
+            if found := re.search(pattern, Path(path).read_text()):
+                limits.append(int(found[1]) * unit)
+    return min(limits, default=8 * 10**9)
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself: AVX-512 BF16 or AMX on x86, else what oneDNN says."""
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def choose(
@@ -87,12 +117,12 @@ def choose(
     settle("device", hw.device, hw.name)
     settle("precision", "bf16" if hw.bf16 else "fp32", "fast here" if hw.bf16 else "this hardware is slow in bfloat16")
     settle("channels", fmt.channels, f"the images have {fmt.channels}")
-    imagenet = given.get("channels", fmt.channels) == 3 and fmt.dtype == "uint8"
-    settle(
-        "statistics",
-        "imagenet" if imagenet else "data",
-        "8-bit colour" if imagenet else f"{fmt.channels} channels of {fmt.dtype}: estimated from the images",
-    )
+    pixel_type = settle("pixel_type", fmt.dtype, "the images'")
+    channels = given.get("channels", fmt.channels)
+    if channels == 3 and pixel_type == "uint8":
+        settle("statistics", "imagenet", "8-bit colour")
+    else:
+        settle("statistics", "data", f"{channels} channels of {pixel_type}: estimated from the images")
     settle("model", *_model(count, gpu))
     image_size, patch_size = _sizes(given, short_side_px, gpu)
     settle("image_size", *image_size)
@@ -100,7 +130,7 @@ def choose(
     batch = settle("batch_size", *_batch_size(count, gpu))
     rate = min(8e-3, max(PAPER_BASE_LR, SHORT_RUN_LR * 256 / batch))
     reason = (
-        "the paper's" if rate == PAPER_BASE_LR else f"{rate * batch / 256:.1e} per step; the paper's is for long runs"
+        "the paper's" if rate == PAPER_BASE_LR else f"{rate * batch / 256:.1e} a step; the paper's is for long runs"
     )
     settle("base_lr", float(f"{rate:.3g}"), reason)
     if "max_steps" in given:
@@ -121,9 +151,11 @@ def _model(count: int, gpu: bool) -> tuple[str, str]:
 
 def _sizes(given: Mapping[str, Any], short_side_px: int, gpu: bool) -> tuple[tuple[int, str], tuple[int, str]]:
     """Crop and patch side: a grid of about 14 patches, as in the paper, and no needless enlargement."""
+    if "image_size" in given and "patch_size" in given:
+        return (given["image_size"], ""), (given["patch_size"], "")
     if "image_size" in given:
         image = given["image_size"]
-        return (image, ""), (_patch_for(image), f"a grid near the paper's 14x14 at {image} px")
+        return (image, ""), (_patch_for(image), _grid_text(image))
     if "patch_size" in given:
         patch = given["patch_size"]
         return (14 * patch, "a grid of 14x14 patches, as in the paper"), (patch, "")
@@ -132,28 +164,42 @@ def _sizes(given: Mapping[str, Any], short_side_px: int, gpu: bool) -> tuple[tup
     why = f"the images' shorter side is {short_side_px} px"
     if image == wanted:
         why = "the paper's" if gpu else "no GPU: a small crop reads fast; a step costs the windows alone"
-    return (image, why), (_patch_for(image), "a grid of 14x14 patches, as in the paper")
+    return (image, why), (_patch_for(image), _grid_text(image))
+
+
+def _grid_text(image: int) -> str:
+    grid = image // _patch_for(image)
+    return f"a grid of {grid}x{grid} patches" + (", as in the paper" if grid == 14 else "")
 
 
 def _patch_for(image: int) -> int:
-    """The largest usual patch side that divides the crop and leaves 14 patches on a side, or else 7."""
-    fits = [p for p in (16, 14, 8, 4, 2) if image % p == 0]
-    return next((p for least in (14, 7) for p in fits if image // p >= least), 1)
+    """The patch side that divides the crop into a grid nearest to 14x14, 16 px at most.
+
+    Raises:
+        UserError: the crop divides into tiny patches alone.
+    """
+    fits = [p for p in range(1, 17) if image % p == 0 and image // p >= 7]
+    best = min(fits, key=lambda p: abs(image // p - 14), default=0)
+    if not fits or (best < 8 and image // best > 28):
+        near = max(14, round(image / 14) * 14)
+        raise UserError(f"--image-size {image} divides into no useful patches; {near} would, or give --patch-size")
+    return best
 
 
 def _batch_size(count: int, gpu: bool) -> tuple[int, str]:
     """A power of two, about 40 steps an epoch, within bounds."""
-    most = 4096 if gpu else 128
-    size = min(most, max(32, 2 ** round(math.log2(max(1, count / 40)))))
+    # On a processor a run is short, and many small steps learn more in it than few large ones.
+    least, most, steps = (32, 4096, 40) if gpu else (32, 64, 150)
+    size = min(most, max(least, 2 ** round(math.log2(max(1, count / steps)))))
     return size, "the largest worth its time here" if size == most else f"{count} images"
 
 
-def _epochs(count: int, gpu: bool) -> tuple[int, str]:
+def _epochs(count: int, gpu: bool) -> tuple[float, str]:
     """Passes over the data: small data recurs more often; a processor gets what it can do in an hour or two."""
     passes, least, most = (1600, 200_000, 400 * 1_281_167) if gpu else (30, 6_400, 300_000)
     seen = min(max(passes * count, least), most)
-    epochs = max(1, round(seen / count))
-    return epochs, f"{epochs * count:,} crops in all"
+    epochs = round(seen / count) if seen >= 10 * count else round(seen / count, 3)
+    return epochs, f"{round(epochs * count):,} crops in all"
 
 
 def micro_batch(per_image_bytes: int, fixed_bytes: int, share: int, hw: Hardware) -> Choice:

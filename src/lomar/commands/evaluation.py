@@ -11,6 +11,7 @@ from lomar.commands.panels import NORMALISED_CAPTION, central_crops, panels
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import centre_crops
 from lomar.data.sources import ImageSource, LabelledSplit, labelled_split
+from lomar.data.survey import spread
 from lomar.downstream.features import pooled_features
 from lomar.downstream.knn import effective_rank, knn_top1
 from lomar.errors import UserError
@@ -21,7 +22,8 @@ from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.options import PretrainOptions
 from lomar.training.records import Metrics, Row
 
-RANKED_IMAGES = 2048  # for the effective rank
+TOKENS_AT_ONCE = 64 * 196  # of an evaluation batch: attention grows with their square
+RANKED_IMAGES = {"cpu": 512, "cuda": 2048}  # for the effective rank
 K_NN_IMAGES = {"cpu": (4000, 2000), "cuda": (10_000, 5_000)}  # most images with known labels, most to be told
 PROBED_IMAGES = 16  # of --eval-data, before the run is made
 PICTURED_IMAGES = 6
@@ -43,7 +45,7 @@ def evaluation_data(options: PretrainOptions, fmt: PixelFormat, device: str) -> 
         return None
     split = labelled_split(options.eval_data, options.seed, *K_NN_IMAGES[device], flag="--eval-data")
     for part in (split.bank, split.queries) if split else ():
-        probed = part.subset(_spread(len(part), PROBED_IMAGES))
+        probed = part.subset(spread(len(part), PROBED_IMAGES))
         if not any(good.any() for _, good in centre_crops(probed, fmt, options.image_size, workers=0)):
             raise UserError(
                 f"--eval-data {options.eval_data}: none of {len(probed)} files can be read as {fmt.channels} channels "
@@ -83,8 +85,8 @@ class Evaluation:
         self.options = options
         self.run = run
         self.labelled = labelled
-        self.unlabelled = source.subset(_spread(len(source), RANKED_IMAGES))
-        self.pictured = source.subset(_spread(len(source), PICTURED_IMAGES))
+        self.unlabelled = source.subset(spread(len(source), RANKED_IMAGES[fabric.device.type]))
+        self.pictured = source.subset(spread(len(source), PICTURED_IMAGES))
         self._cache: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, step: int) -> Row:
@@ -122,7 +124,9 @@ class Evaluation:
         size_px = self.options.image_size
         batches = self._cache.get(name)
         if batches is None:
-            fresh = centre_crops(source, self.fmt, size_px, self.options.workers)
+            # Whole images go through the encoder here, so that large ones go a few at a time.
+            at_once = max(1, TOKENS_AT_ONCE // (size_px // self.options.patch_size) ** 2)
+            fresh = centre_crops(source, self.fmt, size_px, self.options.workers, batch_size=min(64, at_once))
             item_bytes = self.fmt.channels * size_px**2 * torch.empty(0, dtype=getattr(torch, self.fmt.dtype)).itemsize
             if len(source) * item_bytes > CACHED_BYTES:
                 return fresh
@@ -130,7 +134,9 @@ class Evaluation:
         return batches
 
     def _pictures(self, step: int) -> None:
-        pixels = central_crops(self.pictured, self.fmt, self.options.image_size)
+        pixels, _ = central_crops(self.pictured, self.fmt, self.options.image_size)
+        if not len(pixels):
+            return  # the few that are drawn can all be bad
         drawn = panels(self.method, pixels, self.options.seed)
         caption = (
             f"Step {step}: original, window, masked ({self.options.mask_ratio:.0%} hidden), reconstruction. "
@@ -139,8 +145,3 @@ class Evaluation:
         picture = figure7(drawn, caption)
         save_png(picture, self.run / "figures" / f"reconstruction-{step:07d}.png")
         save_png(picture, self.run / "figures" / "reconstruction.png")
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """At most `most` indices below `count`, evenly spread."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()

@@ -6,7 +6,6 @@ from torch import Tensor
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import SampleKey, centre_crops
 from lomar.data.sources import ImageSource
-from lomar.errors import UserError
 from lomar.figures.reconstruction import Panel
 from lomar.methods.reconstruction import MaskedReconstruction, ViewsAndMask
 
@@ -16,17 +15,10 @@ NORMALISED_CAPTION = (
 )
 
 
-def central_crops(source: ImageSource, fmt: PixelFormat, size_px: int) -> Tensor:
-    """(n, C, size_px, size_px) integer pixels of the images that can be read.
-
-    Raises:
-        UserError: none can.
-    """
-    pairs = list(centre_crops(source, fmt, size_px, workers=0))
-    pixels = torch.cat([pixels[good] for pixels, good in pairs])
-    if not len(pixels):
-        raise UserError(f"none of the {len(source)} images can be read, for example {source.name(0)}")
-    return pixels
+def central_crops(source: ImageSource, fmt: PixelFormat, size_px: int) -> tuple[Tensor, Tensor]:
+    """Pixels (n, C, size_px, size_px) of the images that can be read, and bool (N,): which of all they are."""
+    pixels, good = (torch.cat(parts) for parts in zip(*centre_crops(source, fmt, size_px, workers=0), strict=True))
+    return pixels[good], good
 
 
 def panels(method: MaskedReconstruction, pixels: Tensor, seed: int) -> list[Panel]:

@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-import sys
+import signal
 from collections.abc import Generator, Mapping
 from dataclasses import MISSING, asdict
 from functools import partial
@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning_fabric import Fabric
 
+from lomar import __version__
 from lomar.commands.automatic import Choice, Hardware, choose, find_hardware, micro_batch
 from lomar.commands.evaluation import Evaluation, evaluation_data
 from lomar.data.decode import PixelFormat
@@ -58,21 +59,40 @@ def pretrain(**options: Any) -> Path:
         The run's folder, for `lomar.load`.
 
     Raises:
+        KeyboardInterrupt: SIGINT came; the run is saved and can be resumed.
+        SystemExit: SIGTERM came; likewise.
         UserError: an option is unknown, wrong or does not fit the others, or the images cannot be used.
         TrainingError: the loss is not finite, twice.
     """
     for name in options:
         if name not in fields_of(PretrainOptions):
             raise UserError(f"there is no option {name!r}{suggestion(name, list(fields_of(PretrainOptions)))}")
-    given = {name: convert(PretrainOptions, name, value) for name, value in options.items()}
-    command(given)
-    return Path(given["out"])
+    asked = _asked({name: convert(PretrainOptions, name, value) for name, value in options.items()})
+    status = _run(asked)
+    if status == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    if status:
+        raise SystemExit(status)
+    return Path(asked["out"])
 
 
 def command(given: Mapping[str, Any]) -> int:
     """Run `lomar pretrain` with the options that were given; returns the exit status."""
+    return _run(_asked(given))
+
+
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What flags and --config ask for; "auto" asks for nothing."""
     config = read_config(given["config"], PretrainOptions) if given.get("config") else {}
-    asked = {name: value for name, value in _merged(config, given).items() if value is not None and value != "auto"}
+    automatic = {name for name, field in fields_of(PretrainOptions).items() if "auto" in field.metadata["choices"]}
+    return {
+        name: value
+        for name, value in _merged(config, given).items()
+        if value is not None and not (name in automatic and value == "auto")
+    }
+
+
+def _run(asked: dict[str, Any]) -> int:
     if "out" not in asked:
         raise UserError("--out is missing: the folder in which to make the run")
     run = Path(asked["out"])
@@ -115,7 +135,7 @@ def _train(
     stop: StopRequest,
 ) -> int:
     fmt = _pixel_format(options)
-    course = _course(options, len(source))
+    course = _course(options, source)
     draw = ViewsAndMask(method.views, method.mask, options.seed)
 
     def batches(first_step: int) -> Generator[MicroBatch, None, None]:
@@ -146,8 +166,8 @@ def _train(
     evaluation = Evaluation(fabric, method, source, labelled, fmt, options, run)
     trainer = Trainer(fabric, method, optimizer, course, batches, run, display, export, evaluation)
     trainer.restore()
-    if trainer.progress.step >= course.total_steps:
-        display.say(f"the run in {run} is finished: {course.total_steps} steps")
+    if trainer.finished:
+        display.say(f"the run in {run} is finished: {trainer.progress.step} steps")
         display.say(_how_to_load(run))
         return 0
     if trainer.progress.step == 0:
@@ -182,12 +202,16 @@ def _resolved(asked: Mapping[str, Any], run: Path) -> tuple[PretrainOptions, Ima
     if run.exists() and not run.is_dir():
         raise UserError(f"--out {run} is a file; it must be a folder")
     hardware = find_hardware(asked.get("device", "auto"), process_count())
+    for name in ("data", "eval_data"):  # the run may be resumed from another folder
+        if name in asked and asked[name] != "sample":
+            asked[name] = os.path.abspath(asked[name])  # noqa: PTH100 (links stay as they are)
     source = open_source(asked["data"])
     share = asked.get("max_bad_share", fields_of(PretrainOptions)["max_bad_share"].default)
     found = survey(source, max_bad_share=share, channels=asked.get("channels"))
     choices = choose(asked, found.count, found.median_short_side_px, found.format, hardware)
     values = {key: choice.value for key, choice in choices.items()} | asked
-    values.setdefault("pixel_type", found.format.dtype)
+    if found.format.dtype == "float32" and values["pixel_type"] != "float32":
+        raise UserError(f"--pixel-type is {values['pixel_type']}; images of float32 can be read as float32 alone")
     fmt = PixelFormat(values["channels"], values["pixel_type"])
     _check_fit(values)
     mean, std = _statistics(values, source, fmt)
@@ -204,11 +228,11 @@ def _resolved(asked: Mapping[str, Any], run: Path) -> tuple[PretrainOptions, Ima
 
 
 def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """`upper` over `lower`; of --epochs and --max-steps the one given higher up counts."""
+    """`upper` over `lower`; what is given higher up also beats its rivals: steps and epochs, statistics and numbers."""
     if "epochs" in upper and "max_steps" in upper and upper["epochs"] is not None and upper["max_steps"] is not None:
         raise UserError("--epochs and --max-steps are both given; give one")
-    dropped = {"epochs": "max_steps", "max_steps": "epochs"}
-    rivals = {rival for name, rival in dropped.items() if upper.get(name) is not None}
+    beaten = {"epochs": {"max_steps"}, "max_steps": {"epochs"}, "statistics": {"mean", "std"}}
+    rivals = {rival for name, names in beaten.items() if upper.get(name) is not None for rival in names}
     return {key: value for key, value in lower.items() if key not in rivals} | dict(upper)
 
 
@@ -313,7 +337,8 @@ def _epochs(values: Mapping[str, Any], count: int) -> float:
     return values["epochs"] if values.get("epochs") else values["max_steps"] * values["batch_size"] / count
 
 
-def _course(options: PretrainOptions, count: int) -> Course:
+def _course(options: PretrainOptions, source: ImageSource) -> Course:
+    count = len(source)
     steps_per_epoch = count / options.batch_size
     total = options.max_steps or max(1, round((options.epochs or 1) * steps_per_epoch))
     every = options.eval_every * steps_per_epoch if options.eval_every else max(steps_per_epoch, total / EVALUATIONS)
@@ -321,6 +346,7 @@ def _course(options: PretrainOptions, count: int) -> Course:
         total_steps=total,
         images=count,
         batch_size=options.batch_size,
+        fingerprint=source.fingerprint(),
         schedule=Schedule(
             peak_lr=options.base_lr * options.batch_size / 256,
             warmup_steps=options.warmup_epochs * steps_per_epoch,
@@ -425,7 +451,7 @@ def _begin(fabric: Fabric, run: Path, options: PretrainOptions, resume: bool) ->
             log = open_log(run)
         except OSError as error:
             raise UserError(f"--out {run} cannot be written: {error.strerror}") from error
-        log.info("lomar %s", " ".join(sys.argv[1:]))
+        log.info("lomar %s, options in %s", __version__, run / CONFIG_FILE)
     fabric.barrier()
 
 

@@ -35,7 +35,11 @@ def command(given: Mapping[str, Any]) -> int:
         raise UserError(f"--mask-ratios: {error}") from None
     dtype = {255.0: "uint8", 65535.0: "uint16"}.get(composition.scale, "float32")
     fmt = PixelFormat(len(composition.mean), dtype)
-    pixels = central_crops(_images(options.images), fmt, composition.image_size)
+    images = _images(options.images)
+    pixels, good = central_crops(images, fmt, composition.image_size)
+    skipped = [images.name(i) for i in (~good).nonzero().flatten().tolist()]
+    if not len(pixels):
+        raise UserError(f"--images: none of {len(images)} can be read, for example {skipped[0]}")
     drawn = [panels(each, pixels, options.seed) for each in methods]
     about = f"{options.model}: {composition.method}, {composition.model}, {composition.window_size}x"
     about += f"{composition.window_size} windows of {composition.patch_size}-pixel patches. {NORMALISED_CAPTION}"
@@ -47,6 +51,8 @@ def command(given: Mapping[str, Any]) -> int:
         save_png(picture, out)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    for name in skipped:
+        sys.stderr.write(f"lomar: skipped an unreadable image: {name}\n")
     sys.stdout.write(f"{out}: {len(pixels)} images at {len(drawn)} mask ratios\n")
     return 0
 
@@ -57,10 +63,10 @@ def _images(paths: Sequence[str]) -> ImageSource:
     for path in paths:
         if path == "sample" or Path(path).is_dir():
             source = open_source(path, flag="--images")
-            names = [source.name(i) for i in range(min(len(source), IMAGES_OF_A_FOLDER))]
+            names = [source.path(i) for i in range(min(len(source), IMAGES_OF_A_FOLDER))]
         elif Path(path).is_file():
-            names = [path]
+            names = [os.fsencode(path)]
         else:
             raise UserError(f"--images: there is no file or folder {path}")
-        found += [os.fsencode(Path(name).resolve()) for name in names]
+        found += [os.path.abspath(name) for name in names]  # noqa: PTH100 (bytes)
     return ImageSource("/", found)

@@ -1,5 +1,6 @@
 """Where images come from: a folder, a list of paths, the embedded sample; and labelled folders for evaluation."""
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,8 @@ _SAMPLE = (
     ),
     ("sklearn", "datasets/images", "china.jpg flower.jpg"),
 )
+
+_RUN_MARKS = {b"config.yaml", b"train.log"}  # every folder of a run holds them
 
 # The folder beside train/ that holds the queries of an evaluation: the first of these that exists.
 _QUERY_FOLDERS = ("val", "valid", "validation", "test")
@@ -61,9 +64,17 @@ class ImageSource:
         """The path of file `index` as it was given, relative to the root."""
         return self._blob[self._ends[index] : self._ends[index + 1]]
 
+    def path(self, index: int) -> bytes:
+        """Where file `index` lies."""
+        return os.path.join(self._root, self.relative_path(index))  # noqa: PTH118
+
     def name(self, index: int) -> str:
         """The path of file `index` for messages; what is not valid text in it is replaced."""
-        return os.path.join(self._root, self.relative_path(index)).decode(errors="replace")  # noqa: PTH118
+        return self.path(index).decode(errors="replace")
+
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed or renamed; the root may move."""
+        return hashlib.blake2b(self._blob + self._ends.tobytes(), digest_size=8).hexdigest()
 
     def read(self, index: int) -> bytes:
         """The content of file `index`.
@@ -72,7 +83,7 @@ class ImageSource:
             OSError: the file cannot be read.
         """
         # Path() would cost as much as opening the file, and bytes are what the file system speaks.
-        with open(os.path.join(self._root, self.relative_path(index)), "rb") as file:  # noqa: PTH118, PTH123
+        with open(self.path(index), "rb") as file:  # noqa: PTH123
             return file.read()
 
     def subset(self, indices: Iterable[int]) -> "ImageSource":
@@ -116,7 +127,7 @@ def open_source(data: str, flag: str = "--data") -> ImageSource:
 
 
 def _files_below(root: bytes) -> Iterator[bytes]:
-    """Paths of the images below a folder, relative to it, sorted folder by folder."""
+    """Paths of the images below a folder, relative to it, sorted folder by folder; runs of lomar are left out."""
     seen: set[tuple[int, int]] = set()  # a symbolic link may lead back up: enter each real folder once
 
     def walk(folder: bytes, prefix: bytes) -> Iterator[bytes]:
@@ -128,6 +139,8 @@ def _files_below(root: bytes) -> Iterator[bytes]:
         with os.scandir(folder) as entries:
             # Only the names are kept: the entries of a flat folder of a million files would be large.
             children = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[:1] != b".")
+        if {name for name, _ in children} >= _RUN_MARKS:
+            return  # a run's own pictures are no data
         for name, is_folder in children:
             if is_folder:
                 yield from walk(os.path.join(folder, name), prefix + name + b"/")  # noqa: PTH118

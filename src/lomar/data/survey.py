@@ -69,7 +69,7 @@ def survey(
     Raises:
         UserError: too many unreadable files, or channel counts that do not go together.
     """
-    indices = _spread(len(source), limit)
+    indices = spread(len(source), limit)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # oddities of files that can be read
         outcomes = list(pool.map(lambda index: _probe(source, index), indices))
@@ -98,7 +98,8 @@ def survey(
     )
 
 
-def _spread(count: int, limit: int) -> list[int]:
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` indices below `count`, evenly spread."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(int).tolist()
 
 
@@ -157,7 +158,7 @@ def channel_statistics(
         return np.stack([values.mean(axis=1), (values**2).mean(axis=1)])  # (2, C)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = [pair for pair in pool.map(moments, _spread(len(source), limit)) if pair is not None]
+        found = [pair for pair in pool.map(moments, spread(len(source), limit)) if pair is not None]
     if not found:
         raise UserError("no image can be read to estimate mean and standard deviation from")
     mean, square = np.mean(found, axis=0)

@@ -32,7 +32,8 @@ def save_reconstructor(path: Path, method: MaskedReconstruction, composition: Co
 def load(path: str | Path) -> Encoder:
     """The encoder of a run, ready for timm-style use; `num_classes` is 0 and `reset_classifier` gives it a head.
 
-    Its `pretrained_cfg` holds mean, std and input size, as `timm.data.resolve_model_data_config` reads them.
+    Its `pretrained_cfg` holds mean, std and input size, as `timm.data.resolve_model_data_config` reads them, and
+    `scale`: what pixels are divided by first (255, 65535 for 16-bit images, 1 for floats).
 
     Args:
         path: a run's folder, finished or not, or an `encoder.safetensors`.
@@ -54,6 +55,7 @@ def load(path: str | Path) -> Encoder:
         "fixed_input_size": False,
         "mean": tuple(metadata["mean"]),
         "std": tuple(metadata["std"]),
+        "scale": metadata["scale"],
         "interpolation": "bicubic",
         "crop_pct": 0.875,
         "num_classes": 0,

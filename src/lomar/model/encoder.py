@@ -254,7 +254,7 @@ class Encoder(nn.Module):
         """Replace the classifier.
 
         An encoder that becomes a classifier of pooled patches gets a fresh `fc_norm` in the place of its `norm`, as in
-        MAE's and LoMaR's fine-tuning.
+        MAE's and LoMaR's fine-tuning; 0 classes later keep that `fc_norm` for the pooled features.
         """
         self.num_classes = num_classes
         if global_pool is not None:

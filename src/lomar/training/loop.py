@@ -41,10 +41,12 @@ class Course:
         evaluation_steps: steps between evaluations.
         evaluation_forced: evaluate at each of those, whatever share of the time it takes.
         max_bad_share: share of unreadable files from which to stop.
+        fingerprint: of the list of images; a run goes on with the same images alone.
     """
 
     total_steps: int
     images: int
+    fingerprint: str
     batch_size: int
     schedule: Schedule
     clip_grad: float
@@ -62,11 +64,13 @@ class Progress:
     Args:
         step: updates done.
         elapsed_s: seconds spent, over all sittings.
+        evaluations_s: those of them that evaluation took.
         lr_factor: 1, or a half after a non-finite loss.
     """
 
     step: int = 0
     elapsed_s: float = 0.0
+    evaluations_s: float = 0.0
     lr_factor: float = 1.0
 
 
@@ -165,42 +169,54 @@ class Trainer:
         self.export = export
         self.evaluate = evaluate
         self.progress = Progress()
+        self.finished = False
         self.metrics = Metrics(run / "metrics.jsonl")
         self.tensorboard: TensorBoard | None = None  # opened by `restore`, which knows from where it counts
         self.bad_files = BadFiles(run / "bad_files.txt")
         self._buffer: list[tuple[Row, Tensor, Tensor, list[str]]] = []
         self._evaluation_s = 0.0  # the last one
-        self._evaluations_s = 0.0  # all of this sitting
+        self._last_flush = time.monotonic()  # moved on by what is not training, so that throughput is training's
 
     def save(self) -> None:
         """Write the checkpoint and the files made from it. Rows that belong before it are written first."""
         self.flush()
+        began = time.monotonic()
         if self.fabric.is_global_zero:
             state = {
                 "model": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "progress": vars(self.progress).copy(),
+                "fingerprint": self.course.fingerprint,
+                "finished": self.finished,
             }
             # Before the checkpoint: a run that was killed here then makes these files again.
             self.export()
             save_checkpoint(self.checkpoint, state)
         self.fabric.barrier()
+        self._last_flush += time.monotonic() - began
 
     def restore(self) -> None:
         """Go back to the last checkpoint, or to the start where there is none; later rows are cut."""
         if self.checkpoint.exists():
             state = load_checkpoint(self.checkpoint)
+            same_images = state.get("fingerprint", self.course.fingerprint) == self.course.fingerprint
+            if not same_images and not state.get("finished"):
+                raise UserError(
+                    f"the images are not those that the run in {self.checkpoint.parent.parent} began with: "
+                    "files were added, removed or renamed; bring them back, or start a new run"
+                )
             try:
                 self.method.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.progress = Progress(**state["progress"])
+                self.finished = state["finished"]
             except (KeyError, TypeError, RuntimeError, ValueError) as error:
                 raise UserError(f"the checkpoint {self.checkpoint} does not fit this run's configuration") from error
         self._buffer.clear()
         if self.fabric.is_global_zero:
             Metrics.cut(self.metrics.path, after_step=self.progress.step)
             self.close()
-            if self.progress.step < self.course.total_steps:
+            if not self.finished:
                 self.tensorboard = TensorBoard(self.checkpoint.parent.parent, after_step=self.progress.step)
 
     def close(self) -> None:
@@ -238,7 +254,7 @@ class Trainer:
 
     def _learn(self, batches: Iterator[MicroBatch], stop: StopRequest) -> bool:
         course, progress = self.course, self.progress
-        began = saved = time.monotonic()
+        began = saved = self._last_flush = time.monotonic()
         elapsed_before = progress.elapsed_s
         self.model.train()
         while progress.step < course.total_steps:
@@ -246,7 +262,7 @@ class Trainer:
             progress.elapsed_s = elapsed_before + time.monotonic() - began
             row["elapsed_s"] = round(progress.elapsed_s, 3)
             self._buffer.append((row, loss, grad_norm, names))
-            finished = progress.step == course.total_steps
+            self.finished = finished = progress.step == course.total_steps
             stopping = self._anyone(stop.signal_number > 0)
             if finished or self._evaluation_due():
                 if not loss.isfinite() or not grad_norm.isfinite():
@@ -266,7 +282,6 @@ class Trainer:
     def _step(self, batches: Iterator[MicroBatch]) -> tuple[Row, Tensor, Tensor, list[str]]:
         """One optimiser step; its numbers stay on the device until `flush`."""
         course, progress = self.course, self.progress
-        began = time.perf_counter()
         lr = course.schedule.lr(progress.step) * progress.lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -276,9 +291,9 @@ class Trainer:
         waited_s = 0.0
         last = False
         while not last:
-            asked = time.perf_counter()
+            asked = time.monotonic()
             micro = next(batches)
-            waited_s += time.perf_counter() - asked
+            waited_s += time.monotonic() - asked
             last = micro.last
             names += micro.names
             self._note_bad(micro.bad)
@@ -294,13 +309,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        took_s = time.perf_counter() - began
         row: Row = {
             "step": progress.step,
             "epoch": round(progress.step * course.batch_size / course.images, 6),
             "lr": lr,
-            "images_per_s": round(course.batch_size / took_s, 2),
-            "data_wait": round(waited_s / took_s, 4),
+            "data_wait": waited_s,  # becomes a share of the time in `flush`
         }
         return row, loss_sum / hidden_sum, grad_norm, names
 
@@ -319,9 +332,16 @@ class Trainer:
         Raises:
             NonFiniteError: the loss or gradient of one is not finite; the rows before it are written.
         """
+        if not self._buffer:
+            return
         rows: list[Row] = []
         failure: NonFiniteError | None = None
+        self._buffer[-1][1].item()  # waits for the device: only now the steps' time is known
+        took_s = max(1e-9, time.monotonic() - self._last_flush) / len(self._buffer)  # a step
+        self._last_flush = time.monotonic()
         for row, loss, grad_norm, names in self._buffer:
+            row["images_per_s"] = round(self.course.batch_size / took_s, 2)
+            row["data_wait"] = round(min(1.0, row["data_wait"] / took_s), 4)
             row["loss"], row["grad_norm"] = loss.item(), grad_norm.item()
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 failure = NonFiniteError(row["step"], names)
@@ -354,13 +374,14 @@ class Trainer:
         self.fabric.barrier()
         self.model.train()
         self._evaluation_s = time.monotonic() - began
-        self._evaluations_s += self._evaluation_s
+        self._last_flush += self._evaluation_s
+        self.progress.evaluations_s += self._evaluation_s
         return numbers
 
     def _evaluation_due(self) -> bool:
         if self.progress.step % self.course.evaluation_steps:
             return False
-        affordable = self._evaluations_s + self._evaluation_s <= EVALUATION_SHARE * self.progress.elapsed_s
+        affordable = self.progress.evaluations_s + self._evaluation_s <= EVALUATION_SHARE * self.progress.elapsed_s
         return self.course.evaluation_forced or self._anyone(affordable)
 
     def _note_bad(self, found: list[tuple[str, str]]) -> None:
@@ -389,5 +410,5 @@ class Trainer:
 
 
 def process_count() -> int:
-    """Processes that torchrun or SLURM started for this run; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    """Processes that torchrun started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
