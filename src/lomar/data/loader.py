@@ -7,6 +7,7 @@ worker, the micro-batch nor the process it falls to changes it.
 """
 
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -294,6 +295,8 @@ def _loaded(dataset: Dataset, batches: Iterable[list], workers: int, pin_memory:
         worker_init_fn=_prepare_worker,
         prefetch_factor=_PREFETCHED if workers else None,
         pin_memory=pin_memory,
+        # Forked workers end with their parent; those of Python 3.14's forkserver outlive a kill -9 of it.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         # The DataLoader draws a seed for its workers, which use none; keep that off the run's own random state.
         generator=torch.Generator(),
     )
