@@ -196,7 +196,7 @@ def _batch_size(count: int, gpu: bool) -> tuple[int, str]:
 
 def _epochs(count: int, gpu: bool) -> tuple[float, str]:
     """Passes over the data: small data recurs more often; a processor gets what it can do in an hour or two."""
-    passes, least, most = (1600, 200_000, 400 * 1_281_167) if gpu else (30, 6_400, 300_000)
+    passes, least, most = (1600, 200_000, 400 * 1_281_167) if gpu else (30, 4_800, 300_000)
     seen = min(max(passes * count, least), most)
     epochs = round(seen / count) if seen >= 10 * count else round(seen / count, 3)
     return epochs, f"{round(epochs * count):,} crops in all"

@@ -218,10 +218,7 @@ def _resolved(asked: Mapping[str, Any], run: Path) -> tuple[PretrainOptions, Ima
     values.setdefault("mean", mean)
     values.setdefault("std", std)
     _check_statistics(values)
-    length = _epochs(values, found.count)
-    values.setdefault("warmup_epochs", WARMUP_SHARE * length)
-    if values["warmup_epochs"] >= length:
-        raise UserError(f"--warmup-epochs {values['warmup_epochs']:g} is not shorter than the run of {length:g} epochs")
+    values.setdefault("warmup_epochs", WARMUP_SHARE * _epochs(values, found.count))
     values["micro_batch"] = values.get("micro_batch", 1)
     options = PretrainOptions(**values)
     if "micro_batch" not in asked:
