@@ -17,10 +17,9 @@ from PIL import Image
 Row = dict[str, Any]
 Command = Callable[..., "Outcome"]
 
-SMALL = "16, 3, 2"  # width, depth and heads in the place of those of "tiny"
 # A 4 x 4 grid, windows of 3 x 3 patches of which 7 are hidden; 8 images, so that an epoch is 2 steps.
 SETTINGS = (
-    "--model tiny --image-size 32 --patch-size 8 --window-size 3 --views 2 --batch-size 4 --micro-batch 4 "
+    "--model 16x3x2 --image-size 32 --patch-size 8 --window-size 3 --views 2 --batch-size 4 --micro-batch 4 "
     "--workers 0 --precision fp32 --device cpu --base-lr 0.05 --warmup-epochs 1 --eval-every 1000"
 )
 
@@ -49,14 +48,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def miniature(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The encoder "tiny" is 16 wide and 3 deep, with 2 heads, and runs on one thread: more would only wait."""
+def miniature() -> Iterator[None]:
+    """One thread, as suits a small encoder: more would only wait."""
     import torch
 
-    from lomar.model import SIZES
-
-    width, depth, heads = map(int, SMALL.split(","))
-    monkeypatch.setitem(SIZES, "tiny", (width, depth, heads))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -125,14 +120,10 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def finished_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 4 steps with pictures and k-NN, as a user gets it; not to be changed."""
     from lomar.cli import main
-    from lomar.model import SIZES
 
     run = tmp_path_factory.mktemp("finished") / "run"
-    width, depth, heads = map(int, SMALL.split(","))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "tiny", (width, depth, heads))
-        words = ["pretrain", "--data", str(photos), "--out", str(run), *SETTINGS.split()]
-        assert main([*words, "--eval-data", str(photos), "--max-steps", "4"]) == 0
+    words = ["pretrain", "--data", str(photos), "--out", str(run), *SETTINGS.split()]
+    assert main([*words, "--eval-data", str(photos), "--max-steps", "4"]) == 0
     return run
 
 
@@ -219,9 +210,7 @@ os.dup2(target, 1), os.dup2(os.dup(target), 2)
 import torch
 import lomar.commands.evaluation as evaluation, lomar.commands.pretrain as pretrain
 from lomar.cli import main
-from lomar.model import SIZES
 from lomar.training.loop import Trainer
-SIZES["tiny"] = ({SMALL})
 torch.set_num_threads(1)
 if not {pictures}:
     evaluation.Evaluation._pictures = lambda self, step: None

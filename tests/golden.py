@@ -18,20 +18,32 @@ def filler(*shape: int, j: int) -> Tensor:
     return (((i * 2654435761 + (j + 1) * 2246822519) % 2**32).double() / 2**32 - 0.5).reshape(shape)
 
 
-def released_name(name: str) -> str:
+RELEASED = (
+    (r"^architecture\.", ""),
+    (r"^encoder\.", ""),
+    (r"rpe\.table", "rpe_k.lookup_table_weight"),
+    (r"^decoder\.(pos_embed|norm)", r"decoder_\1"),
+    (r"^decoder\.blocks", "decoder_blocks"),
+    (r"ls([12])\.gamma", r"gamma_\1"),
+    (r"^rel_pos_bias\.table", "rel_pos_bias.relative_position_bias_table"),
+)
+HEADS = {"lomar": "encoder_pred", "mae": "decoder_pred", "beit": "lm_head", "classifier": "head"}
+
+
+def released_name(name: str, family: str = "lomar") -> str:
     """Our name of a parameter -> its name in the released checkpoints, whose order numbers the filler."""
-    name = name.removeprefix("architecture.").removeprefix("encoder.")
-    name = name.replace("rpe.table", "rpe_k.lookup_table_weight")
-    return re.sub(r"^head\.", "encoder_pred.", name) if "fc_norm" not in name else name
+    for ours, theirs in RELEASED:
+        name = re.sub(ours, theirs, name)
+    return re.sub(r"^head\.", f"{HEADS[family]}.", name)
 
 
-def fill(module: nn.Module, classifier: bool = False) -> None:
-    """Give every parameter its golden value: 0.5 u, plus 1 for the weights of layer norms."""
+def fill(module: nn.Module, family: str = "lomar") -> None:
+    """Give every parameter its golden value: 0.5 u, plus 1 for the weights of layer norms; sines and cosines stay."""
     state = module.state_dict()
-    names = {(n if classifier and n.startswith("head.") else released_name(n)): n for n in state}
+    names = {released_name(n, family): n for n in state if not n.endswith("pos_embed")}
     for j, released in enumerate(sorted(names)):
         tensor = state[names[released]]
         value = 0.5 * filler(*tensor.shape, j=j)
-        if re.search(r"(^|\.)(fc_)?norm[12]?\.weight$", released):
+        if re.search(r"(^|[._])(fc_)?norm[12]?\.weight$", released):
             value += 1
         tensor.copy_(value)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from lomar import cli
 from lomar.interop.weights import save_encoder
-from lomar.methods.recipes import RECIPES, Composition
+from lomar.methods.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,16 +20,16 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.S)
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Every `lomar ...` of a page's shell blocks, as words."""
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """Every `lomar ...` of a page's shell blocks: the command, and its options as words."""
     text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
-    found = re.findall(r"(?:^|[ /;])lomar ((?:pretrain|reconstruct)[^\n;&|]*)", text, flags=re.M)
-    return [shlex.split(line, comments=True) for line in found]
+    found = re.findall(rf"(?:^|[ /;])lomar ({'|'.join(cli.COMMANDS)})\b([^\n;&|>]*)", text, flags=re.M)
+    return [(name, shlex.split(line, comments=True)) for name, line in found]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_the_docs_is_understood(page: Path) -> None:
-    for name, *arguments in commands(page):
+    for name, arguments in commands(page):
         cli.parse(name, arguments)
 
 
@@ -46,18 +47,8 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "encoder.md"], ids=lambda page: page.name)
 def test_the_python_of_the_docs_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = dict(RECIPES["lomar"].options)
-    composition = Composition(
-        method="lomar",
-        model="tiny",
-        image_size=56,
-        patch_size=8,
-        batch_size=4,
-        mean=(0.5,) * 3,
-        std=(0.2,) * 3,
-        scale=255.0,
-        **options,
-    )
+    small = {"embed_dim": 192, "num_heads": 3, "image_size": 56, "patch_size": 8}
+    composition = replace(RECIPES["lomar"].composition("lomar"), **small)
     (tmp_path / "run").mkdir()
     save_encoder(tmp_path / "run" / "encoder.safetensors", composition.encoder(), composition)
     monkeypatch.chdir(tmp_path)

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import yaml
 
+from lomar.cli import COMMANDS
 from lomar.errors import UserError
 from lomar.methods.recipes import RECIPES
-from lomar.options import PretrainOptions, ReconstructOptions, convert, fields_of, flag, read_config, suggestion
+from lomar.options import PretrainOptions, convert, fields_of, flag, read_config, suggestion
 
 
-@pytest.mark.parametrize("options", [PretrainOptions, ReconstructOptions])
+@pytest.mark.parametrize("options", [options for options, _ in COMMANDS.values()])
 def test_every_option_has_a_help_text_and_its_default_is_allowed(options: type) -> None:
     for name, field in fields_of(options).items():
         assert field.metadata["help"], name
@@ -19,9 +20,22 @@ def test_every_option_has_a_help_text_and_its_default_is_allowed(options: type) 
             assert convert(options, name, field.default) == field.default
 
 
-def test_the_help_tells_the_values_of_the_recipe() -> None:
-    for name, value in RECIPES["lomar"].options.items():
-        assert fields_of(PretrainOptions)[name].metadata["auto"].split(",")[0] == f"lomar: {value}"
+def told(name: str) -> dict[str, str]:
+    """Recipe -> value, where the help of an option tells it: "lomar: 7; mae, beit: 0, the whole image"."""
+    parts = [part.split(": ") for part in fields_of(PretrainOptions)[name].metadata["auto"].split(";") if ": " in part]
+    return {recipe.strip(): value.split(",")[0] for recipes, value in parts for recipe in recipes.split(",")}
+
+
+def test_the_help_tells_the_values_of_the_recipes() -> None:
+    """All of LoMaR's that matter to it, and of others what differs; the same decay for all."""
+    for name in fields_of(PretrainOptions):
+        for recipe, text in told(name).items():
+            words = text.split()
+            assert convert(PretrainOptions, name, words if len(words) > 1 else text) == RECIPES[recipe].options[name]
+    assert {name for name in RECIPES["lomar"].options if "lomar" not in told(name)} == {"mask_min_block", "weight_decay"}
+    assert {str(recipe.options["weight_decay"]) for recipe in RECIPES.values()} == {
+        fields_of(PretrainOptions)["weight_decay"].metadata["auto"]
+    }
 
 
 @pytest.mark.parametrize(
@@ -59,7 +73,8 @@ def test_a_value_is_converted_to_the_type_of_its_option(name: str, raw: Any, val
         ("crop_scale", 0.5),
         ("mean", []),
         ("std", [0.0]),
-        ("model", "Tiny"),
+        ("mask", "Uniform"),
+        ("betas", [0.9, 1.0]),
     ],
 )
 def test_a_wrong_value_is_refused_by_the_name_of_its_option(name: str, raw: Any) -> None:

@@ -10,12 +10,28 @@ from typing import Any, NoReturn
 
 from lomar import __version__
 from lomar.errors import TrainingError, UserError
-from lomar.options import PretrainOptions, ReconstructOptions, convert, fields_of, flag, suggestion
+from lomar.options import (
+    AttentionOptions,
+    ConvertOptions,
+    PretrainOptions,
+    RecipesOptions,
+    ReconstructOptions,
+    TokenizerOptions,
+    convert,
+    fields_of,
+    flag,
+    kind_of,
+    suggestion,
+)
 
 # name -> its options, and the module whose `command(given) -> exit status` runs it
 COMMANDS: dict[str, tuple[type, str]] = {
     "pretrain": (PretrainOptions, "lomar.commands.pretrain"),
+    "recipes": (RecipesOptions, "lomar.commands.recipes"),
     "reconstruct": (ReconstructOptions, "lomar.commands.reconstruct"),
+    "attention": (AttentionOptions, "lomar.commands.attention"),
+    "convert": (ConvertOptions, "lomar.commands.convert"),
+    "tokenizer train": (TokenizerOptions, "lomar.commands.tokenizer"),
 }
 
 BAD_INPUT = 2
@@ -49,11 +65,14 @@ def parser_for(name: str) -> Parser:
             default = field.default
             text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
         text = text.replace("%", "%%")
-        hint = hints[field.name]
-        if hint is bool:
+        hint, _ = kind_of(hints[field.name])
+        if field.metadata["positional"]:
+            parser.add_argument(field.name, nargs="?", metavar=field.name.upper(), help=text)
+        elif hint is bool:
             parser.add_argument(flag(field.name), action="store_true", help=text)
-        elif hint == tuple[float, float]:
-            parser.add_argument(flag(field.name), nargs=2, metavar=("MIN", "MAX"), help=text)
+        elif typing.get_origin(hint) is tuple and ... not in typing.get_args(hint):
+            names = tuple(field.metadata["metavar"].split()) or ("MIN", "MAX")
+            parser.add_argument(flag(field.name), nargs=len(typing.get_args(hint)), metavar=names, help=text)
         elif typing.get_origin(hint) is tuple:
             parser.add_argument(flag(field.name), nargs="+", metavar=field.metadata["metavar"], help=text)
         else:
@@ -77,7 +96,7 @@ def parse(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 def overview() -> str:
     """What `lomar --help` shows."""
-    lines = [f"  {name:<14}{options.__doc__}" for name, (options, _) in COMMANDS.items()]
+    lines = [f"  {name:<17}{options.__doc__}" for name, (options, _) in COMMANDS.items()]
     return "\n".join(
         [
             f"lomar {__version__}: self-supervised vision transformers by local masked reconstruction",
@@ -91,6 +110,25 @@ def overview() -> str:
     )
 
 
+def command_in(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the command, one word or two, and the words after it.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    name, *rest = arguments
+    if name in COMMANDS:
+        return name, rest
+    seconds = [known.split()[1] for known in COMMANDS if known.startswith(f"{name} ")]
+    if not seconds:
+        raise UserError(f"there is no command {name!r}{suggestion(name, list(COMMANDS))}; try lomar --help")
+    if not rest or rest[0].startswith("-"):
+        raise UserError(f"{name!r} needs a second word: lomar {name} {' or '.join(seconds)}; try lomar --help")
+    if rest[0] not in seconds:
+        raise UserError(f"there is no command '{name} {rest[0]}'{suggestion(rest[0], seconds)}; try lomar --help")
+    return f"{name} {rest[0]}", rest[1:]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 bad input, 128 + n stopped by signal n."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -102,9 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"lomar {__version__}\n")
         return 0
     try:
-        if name not in COMMANDS:
-            raise UserError(f"there is no command {name!r}{suggestion(name, list(COMMANDS))}; try lomar --help")
-        given = parse(name, arguments[1:])
+        name, rest = command_in(arguments)
+        given = parse(name, rest)
         status: int = importlib.import_module(COMMANDS[name][1]).command(given)
         return status
     except UserError as error:

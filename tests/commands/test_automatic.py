@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lomar.commands.automatic import Hardware, choose, find_hardware, micro_batch
-from lomar.commands.pretrain import _check_fit
+from lomar.commands.settling import _check_fit
 from lomar.data.decode import PixelFormat
 from lomar.errors import UserError
 from lomar.methods.recipes import RECIPES
@@ -27,11 +27,11 @@ hardware = st.builds(
     st.booleans(),
 )
 formats = st.builds(PixelFormat, st.integers(1, 20), st.sampled_from(["uint8", "uint16", "float32"]))
-# Values that go together with one another and with the recipe's 7 x 7 windows.
+# Values that go together with one another and with windows of 7 x 7.
 given_options = st.fixed_dictionaries(
     {},
     optional={
-        "model": st.sampled_from(["tiny", "base", "huge"]),
+        "model": st.sampled_from(["tiny", "base", "huge", "24x4x3"]),
         "image_size": st.integers(7, 1024),
         "batch_size": st.integers(1, 10**5),
         "base_lr": st.floats(1e-6, 1),
@@ -42,15 +42,22 @@ given_options = st.fixed_dictionaries(
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
-@given(asked=given_options, count=st.integers(1, 10**8), side=st.integers(2, 20_000), fmt=formats, hw=hardware)
+@given(
+    recipe=st.sampled_from(["lomar", "mae", "beit", "beit-lomar", "fig5-decoder-7"]),
+    asked=given_options,
+    count=st.integers(1, 10**8),
+    side=st.integers(2, 20_000),
+    fmt=formats,
+    hw=hardware,
+)
 def test_the_choices_fit_together_and_leave_alone_what_was_given(
-    asked: dict[str, Any], count: int, side: int, fmt: PixelFormat, hw: Hardware
+    recipe: str, asked: dict[str, Any], count: int, side: int, fmt: PixelFormat, hw: Hardware
 ) -> None:
     """Whatever the images and the hardware: a crop of whole patches, a window inside the grid, legal values.
 
     A crop that cannot be cut into patches well is refused with one that can.
     """
-    asked = dict(RECIPES["lomar"].options) | asked
+    asked = dict(RECIPES[recipe].options) | asked
     try:
         choices = choose(asked, count, side, fmt, hw)
     except UserError as error:  # a crop of, say, 191 pixels; one near it that would do is named
@@ -62,13 +69,14 @@ def test_the_choices_fit_together_and_leave_alone_what_was_given(
     values = {name: choice.value for name, choice in choices.items()} | asked
     if fmt.channels == values["patch_size"] == 1:  # a given crop such as 17 divides into nothing else
         with pytest.raises(UserError, match="one number a patch"):
-            _check_fit(values)
+            _check_fit(values, None)
     else:
-        _check_fit(values)
+        _check_fit(values, None)
     assert values["image_size"] % values["patch_size"] == 0
     for name, choice in choices.items():
         assert choice.value is None or convert(PretrainOptions, name, choice.value) == choice.value
-        assert choice.reason
+        # A decoder that is not there needs no reason.
+        assert choice.reason or (name.startswith("decoder_") and values["architecture"] == "masked-encoder")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +103,17 @@ def test_a_patch_is_chosen_for_a_given_crop_and_a_crop_for_a_given_patch() -> No
     assert choose({"image_size": 70}, 10, 500, RGB, GPU)["patch_size"].value == 5
     assert choose({"patch_size": 16}, 10, 500, RGB, CPU)["image_size"].value == 224
     assert not {"image_size", "patch_size"} & set(choose({"image_size": 2000, "patch_size": 25}, 9, 9, RGB, CPU))
+
+
+@pytest.mark.parametrize(
+    ("model", "decoder"),
+    [("base", (512, 8, 16)), ("large", (512, 8, 16)), ("small", (256, 8, 8)), ("tiny", (128, 4, 4))],
+)
+def test_a_decoder_is_maes_or_smaller_with_its_encoder(model: str, decoder: tuple[int, int, int]) -> None:
+    for asked in ({"model": model}, {"model": model, "decoder_depth": 3}):
+        choices = choose(asked | {"architecture": "encoder-decoder"}, 10, 500, RGB, GPU)
+        found = [choices[name].value for name in ("decoder_width", "decoder_depth", "decoder_heads") if name in choices]
+        assert found == [n for i, n in enumerate(decoder) if i != 1 or "decoder_depth" not in asked]
 
 
 def test_the_rate_of_a_step_is_moderate_and_never_below_the_papers() -> None:

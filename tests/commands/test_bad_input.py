@@ -51,11 +51,11 @@ def test_data_and_out_are_needed(lomar: Command, out: Path) -> None:
         ("--image-size 33", "--image-size 33 is not a multiple of --patch-size 8; 32 would be"),
         ("--image-size 4", "--image-size 4 is not a multiple of --patch-size 8; 8 would be"),
         ("--mask-ratio 0.1", "--mask-ratio 0.1 hides 0 of the 9 patches of a window"),
-        ("--mask-layer 3", "--mask-layer is 3; --model tiny has blocks 0 to 2"),
+        ("--mask-layer 3", "--mask-layer is 3; --model 16x3x2 has blocks 0 to 2"),
         ("--window-layout released --views 3", "--views is 3; with --window-layout released a 4x4 grid"),
         ("--crop-scale 0.9 0.3", "--crop-scale is 0.9 0.3; the smaller share comes first"),
         ("--epochs 3 --max-steps 2", "--epochs and --max-steps are both given"),
-        ("--method lomr", "--method is 'lomr'; there is lomar (did you mean lomar?)"),
+        ("--method lomr", "--method is 'lomr'; `lomar recipes` lists what there is (did you mean lomar?)"),
         ("--mean 0.5 --std 0.2", "--mean has 1 numbers; the images have 3 channels"),
         ("--mean 0.5 0.5 0.5 --std 0.2", "--std has 1 numbers; the images have 3 channels"),
         ("--channels 4", "has 3 channels, but --channels is 4"),
@@ -256,7 +256,7 @@ def test_a_resumed_run_keeps_what_changes_its_results(lomar: Command, pretrain: 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("method", "nonsense", "--method is 'nonsense'; there is lomar"),
+        ("method", "nonsense", "--method is 'nonsense'; `lomar recipes` lists what there is"),
         ("model", "auto", "it must settle model, and one of epochs and max_steps"),
         ("model", None, "--model is None; it must be text"),
         ("model", "small", "does not fit this run's configuration"),
@@ -323,7 +323,7 @@ def test_in_python_the_same_mistakes_are_a_user_error(tmp_path: Path, photos: Pa
 def test_in_python_a_run_returns_its_folder(tmp_path: Path, photos: Path, miniature: None, no_pictures: None) -> None:
     out = tmp_path / "run"
     returned = package.pretrain(
-        data=photos, out=out, model="tiny", image_size=32, patch_size=8, window_size=3, workers=0, max_steps=1
+        data=photos, out=out, model="16x3x2", image_size=32, patch_size=8, window_size=3, workers=0, max_steps=1
     )
     assert returned == out
     assert package.load(returned).embed_dim == 16

@@ -123,7 +123,7 @@ def test_a_flag_wins_over_config_over_recipe_over_automatic(
 ) -> None:
     config = tmp_path / "some.yaml"
     config.write_text(
-        "views: 3\nwindow-size: 3\nimage_size: 32\npatch_size: 8\nmodel: tiny\nseed: 5\nworkers: 0\nmax_steps: 9\n"
+        "views: 3\nwindow-size: 3\nimage_size: 32\npatch_size: 8\nmodel: 16x3x2\nseed: 5\nworkers: 0\nmax_steps: 9\n"
         f"data: {photos}\n"
     )
     run = tmp_path / "run"
@@ -154,7 +154,7 @@ def test_steps_asked_for_by_flag_replace_the_epochs_of_a_config(pretrain: Comman
 def test_the_device_of_a_config_counts(
     lomar: Command, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lomar.commands import pretrain as module
+    from lomar.commands import settling
 
     asked: list[str] = []
 
@@ -162,7 +162,7 @@ def test_the_device_of_a_config_counts(
         asked.append(device)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "find_hardware", find)
+    monkeypatch.setattr(settling, "find_hardware", find)
     config = tmp_path / "some.yaml"
     config.write_text("device: cpu")
     lomar("pretrain --data", photos, "--out", tmp_path / "run", "--config", config)
@@ -187,6 +187,7 @@ def test_with_data_and_out_alone_every_choice_is_told_with_its_reason(
     from lomar.commands import automatic
 
     monkeypatch.setattr(automatic, "_epochs", lambda count, gpu: (1, "a test"))
+    monkeypatch.setattr(automatic, "_model", lambda count, gpu: ("16x3x2", "a test"))
     out = lomar("pretrain --data", photos, "--out", tmp_path / "run").out
     for name in (
         *("device", "precision", "channels", "statistics", "model", "image-size", "patch-size"),

@@ -11,13 +11,11 @@ import numpy as np
 
 Course = Callable[[Path], list[tuple[int, float, float, float]]]
 
-# The encoder of the fixture `miniature`, in processes that share nothing with this one.
+# Without pictures, as the fixture `pretrain`, in processes that share nothing with this one.
 SCRIPT = """
 import sys
 import lomar.commands.evaluation as evaluation, lomar.commands.pretrain as pretrain
 from lomar.cli import main
-from lomar.model import SIZES
-SIZES["tiny"] = (16, 3, 2)
 evaluation.Evaluation._pictures = lambda self, step: None
 evaluation.learning_curves = pretrain.learning_curves = lambda rows, path: None
 sys.exit(main(sys.argv[1:]))
@@ -33,7 +31,7 @@ def test_two_processes_give_the_losses_of_one(
     script.write_text(SCRIPT)
     run = tmp_path / "two"
     settings = (
-        "--model tiny --image-size 32 --patch-size 8 --window-size 3 --views 2 --batch-size 5 --micro-batch 2 "
+        "--model 16x3x2 --image-size 32 --patch-size 8 --window-size 3 --views 2 --batch-size 5 --micro-batch 2 "
         "--workers 0 --precision fp32 --device cpu --base-lr 0.05 --warmup-epochs 1 --eval-every 1000 --max-steps 3"
     )
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"

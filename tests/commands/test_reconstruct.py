@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 Command = Callable[..., Any]
-pytestmark = pytest.mark.usefixtures("miniature")  # a reconstructor is rebuilt by the name of its size
+pytestmark = pytest.mark.usefixtures("miniature")
 
 
 def picture(path: Path) -> np.ndarray:

@@ -181,7 +181,7 @@ def test_in_python_a_signal_saves_and_is_raised(
         package.pretrain(
             data=photos,
             out=tmp_path,
-            model="tiny",
+            model="16x3x2",
             image_size=32,
             patch_size=8,
             window_size=3,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lomar.data.decode import PixelFormat, read_image
 from lomar.data.loader import (
+    CropPlan,
     MicroBatch,
     SampleKey,
     centre_crops,
@@ -38,7 +39,8 @@ class RandomWindows:
         generator = seeded(key.epoch, key.index, "test")
         rows = torch.randint(0, GRID - VIEW[0] + 1, (2, 1), generator=generator)
         columns = torch.randint(0, GRID - VIEW[1] + 1, (2, 1), generator=generator)
-        return torch.cat([rows, columns], dim=1), torch.rand(2, 6, generator=generator) < 0.5
+        hidden = torch.rand(2, 6, generator=generator) < 0.5
+        return {"corners": torch.cat([rows, columns], dim=1), "hidden": hidden, "paths": torch.full((2, 1), 0.5)}
 
 
 @pytest.fixture
@@ -54,15 +56,14 @@ class FixedWindow:
     """The same one window for every sample."""
 
     def __call__(self, key: SampleKey):
-        return torch.tensor([[1, 2]]), torch.zeros(1, 6, dtype=torch.bool)
+        return {"corners": torch.tensor([[1, 2]]), "hidden": torch.zeros(1, 6, dtype=torch.bool)}
 
 
 def batches(folder, fmt=RGB8, draw=None, **options):
     settings = {
-        "image_size_px": GRID * PATCH_PX,
+        "plan": CropPlan(GRID * PATCH_PX, (0.2, 1.0)),
         "patch_size_px": PATCH_PX,
         "view_size": VIEW,
-        "crop_scale": (0.2, 1.0),
         "seed": 5,
         "batch_size": 7,
         "micro_batch": 7,
@@ -75,27 +76,66 @@ def batches(folder, fmt=RGB8, draw=None, **options):
 
 
 def joined(parts):
-    """Pixels, corners, hidden and names of many micro-batches as one."""
-    tensors = [torch.cat([getattr(part, field) for part in parts]) for field in ("pixels", "corners", "hidden")]
+    """Inputs and names of many micro-batches as one."""
+    tensors = {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs}
     return tensors, [name for part in parts for name in part.names]
 
 
 def assert_same(parts, others):
     (tensors, names), (other_tensors, other_names) = joined(parts), joined(others)
-    assert names == other_names
-    assert all(torch.equal(a, b) for a, b in zip(tensors, other_tensors, strict=True))
+    assert names == other_names and tensors.keys() == other_tensors.keys()
+    assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
 
 
 def test_a_batch_has_the_stated_shapes_and_types(folder):
     batch = batches(folder, total_batches=1)[0]
-    assert batch.pixels.shape == (7, 2, 3, 21, 14) and batch.pixels.dtype == torch.uint8
-    assert batch.corners.shape == (7, 2, 2) and batch.corners.dtype == torch.int64
-    assert batch.hidden.shape == (7, 2, 6) and batch.hidden.dtype == torch.bool
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.inputs.items()}
+    assert found == {
+        "pixels": ((7, 2, 3, 21, 14), torch.uint8),
+        "corners": ((7, 2, 2), torch.int64),
+        "hidden": ((7, 2, 6), torch.bool),
+        "paths": ((7, 2, 1), torch.float32),  # whatever is drawn is handed on
+    }
     assert len(batch.names) == 7 and batch.bad == [] and batch.last
 
 
 def test_workers_do_not_change_the_batches(folder):
     assert_same(batches(folder), batches(folder, workers=2))
+
+
+def test_colour_and_the_tokenizers_pictures_are_the_samples_own_too(folder):
+    """Neither workers nor micro-batches nor the batch to begin with change them."""
+    plan = CropPlan(GRID * PATCH_PX, (0.2, 1.0), color_jitter=0.4, tokenised_px=40)
+    whole = batches(folder, plan=plan)
+    assert whole[0].inputs["tokenised"].shape == (7, 3, 40, 40)
+    assert_same(whole, batches(folder, plan=plan, workers=2, micro_batch=3))
+    assert_same(whole[2:], batches(folder, plan=plan, first_batch=2))
+    assert not torch.equal(joined(whole)[0]["pixels"], joined(batches(folder))[0]["pixels"])
+
+
+class WholePicture:
+    """One window that is all of the crop."""
+
+    def __call__(self, key: SampleKey):
+        return {"corners": torch.zeros(1, 2, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize("color_jitter", [0.0, 0.4])
+def test_a_tokenizer_sees_the_same_crop_mirrored_and_coloured_alike(tmp_path, color_jitter):
+    """A half as large; of smooth pictures, so that the two resizing filters agree."""
+    y, x = np.mgrid[:97, :131] / 131
+    for number in range(20):
+        waves = [np.sin(3 * x + k + number) + np.cos(4 * y * k + number) for k in (1, 2, 3)]
+        picture = 127 + 50 * np.stack(waves, axis=-1)
+        PIL.Image.fromarray(picture.astype(np.uint8)).save(tmp_path / f"{number:02d}.png")
+    plan = CropPlan(80, (0.2, 1.0), color_jitter, tokenised_px=40)
+    options = {"plan": plan, "patch_size_px": 8, "view_size": (10, 10), "batch_size": 20, "micro_batch": 20}
+    (batch,) = batches(tmp_path, draw=WholePicture(), total_batches=1, **options)
+    small = batch.inputs["pixels"][:, 0].unfold(2, 2, 2).unfold(3, 2, 2).float().mean((-2, -1))
+    difference = (batch.inputs["tokenised"].float() - small).abs()
+    assert difference.mean() < 1 and difference.amax((1, 2, 3)).max() < 12
+    # A picture that were mirrored alone would be told apart.
+    assert (batch.inputs["tokenised"].flip(3).float() - small).abs().mean((1, 2, 3)).min() > 2
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 100])
@@ -155,7 +195,7 @@ def test_batches_are_full_even_where_the_data_is_smaller():
 def test_small_data_recurs_with_new_crops(folder):
     (batch,) = batches(open_source(str(folder)).subset([0]), draw=FixedWindow(), total_batches=1)
     assert len(set(batch.names)) == 1
-    assert len({crop.tobytes() for crop in batch.pixels.numpy()}) == 7
+    assert len({crop.tobytes() for crop in batch.inputs["pixels"].numpy()}) == 7
 
 
 def test_micro_batches_of_a_share_are_cut_from_its_slots_alone():
@@ -182,10 +222,10 @@ def test_windows_lie_at_their_corners_in_a_crop_mirrored_half_of_the_time(tmp_pa
     array = np.random.default_rng(0).integers(0, 256, (35, 35, 3), dtype=np.uint8)
     for number in range(40):
         PIL.Image.fromarray(array).save(tmp_path / f"{number}.png")
-    (batch,) = batches(tmp_path, crop_scale=(1.0, 1.0), batch_size=40, micro_batch=40, total_batches=1)
+    (batch,) = batches(tmp_path, plan=CropPlan(35, (1.0, 1.0)), batch_size=40, micro_batch=40, total_batches=1)
     upright = array.transpose(2, 0, 1)
     mirrored = 0
-    for windows, corners in zip(batch.pixels.numpy(), batch.corners.numpy() * PATCH_PX, strict=True):
+    for windows, corners in zip(batch.inputs["pixels"].numpy(), batch.inputs["corners"].numpy() * PATCH_PX, strict=True):
         cut = {}
         for name, crop in (("upright", upright), ("mirrored", upright[:, :, ::-1])):
             cut[name] = [
@@ -202,15 +242,16 @@ def test_windows_lie_at_their_corners_in_a_crop_mirrored_half_of_the_time(tmp_pa
 def test_every_pixel_type_and_channel_count_reaches_the_batch(tmp_path, dtype, workers):
     np.save(tmp_path / "a.npy", np.full((37, 41, 5), 200, dtype))
     (batch,) = batches(tmp_path, PixelFormat(5, dtype), total_batches=1, workers=workers)
-    assert batch.pixels.dtype == getattr(torch, dtype)
-    assert batch.pixels.shape == (7, 2, 5, 21, 14)
-    assert np.abs(batch.pixels.numpy() - np.array(200, np.float32)).max() < (1e-3 if dtype == "float32" else 1e-9)
+    pixels = batch.inputs["pixels"]
+    assert pixels.dtype == getattr(torch, dtype)
+    assert pixels.shape == (7, 2, 5, 21, 14)
+    assert np.abs(pixels.numpy() - np.array(200, np.float32)).max() < (1e-3 if dtype == "float32" else 1e-9)
 
 
 def test_an_image_smaller_than_the_crop_is_enlarged(tmp_path):
     PIL.Image.new("RGB", (3, 2), (9, 8, 7)).save(tmp_path / "a.png")
     (batch,) = batches(tmp_path, total_batches=1)
-    assert batch.pixels[0, 0, :, 0, 0].tolist() == [9, 8, 7]
+    assert batch.inputs["pixels"][0, 0, :, 0, 0].tolist() == [9, 8, 7]
 
 
 def test_bad_files_are_replaced_alike_everywhere_and_reported(folder):
@@ -255,7 +296,7 @@ class SignalsItself:
             os.kill(os.getpid(), signal.SIGINT)
             if key.batch == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 6, dtype=torch.bool)
+        return {"corners": torch.zeros(1, 2, dtype=torch.int64)}
 
 
 def test_workers_outlive_a_signal_to_the_process_group(folder):
@@ -264,9 +305,10 @@ def test_workers_outlive_a_signal_to_the_process_group(folder):
 
 
 def test_a_micro_batch_moves_to_a_device_whole(folder):
-    batch = batches(folder, total_batches=1)[0].to("meta")
-    assert isinstance(batch, MicroBatch)
-    assert {tensor.device.type for tensor in (batch.pixels, batch.corners, batch.hidden)} == {"meta"}
+    here = batches(folder, total_batches=1, plan=CropPlan(35, (0.2, 1.0), tokenised_px=40))[0]
+    batch = here.to("meta")
+    assert isinstance(batch, MicroBatch) and batch.inputs.keys() == here.inputs.keys()
+    assert {tensor.device.type for tensor in batch.inputs.values()} == {"meta"}
     assert len(batch.names) == 7 and batch.last
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lomar.figures import reconstruction
+from lomar.figures import sheet
 from lomar.figures.png import save_png
-from lomar.figures.reconstruction import HIDDEN, OUTLINE, Panel, figure7, figure8
+from lomar.figures.reconstruction import Panel, figure7, figure8
+from lomar.figures.sheet import HIDDEN, OUTLINE
 
 SIDE, PATCH, K = 70, 10, 3  # a 7 x 7 grid; enlarged three times for a tile of 210 px
 SCALE = 3
@@ -177,13 +178,13 @@ def test_an_image_of_one_value_and_a_prediction_of_nan_are_drawn(value: int) -> 
 def captions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collects the captions as they are about to be wrapped."""
     said: list[str] = []
-    wrapped = reconstruction._wrapped
+    wrapped = sheet._wrapped
 
     def listen(text: str, *rest: Any) -> list[str]:
         said.append(text)
         return wrapped(text, *rest)
 
-    monkeypatch.setattr(reconstruction, "_wrapped", listen)
+    monkeypatch.setattr(sheet, "_wrapped", listen)
     return said
 
 

@@ -1,5 +1,6 @@
 """Claims about the files a user takes away, and what they become again."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,30 +15,31 @@ from safetensors.torch import load_file, save_file
 import lomar as package
 from lomar.errors import UserError
 from lomar.interop.weights import load_reconstructor, save_encoder, save_reconstructor
-from lomar.methods.recipes import Composition
+from lomar.methods.composition import Composition
+from lomar.methods.recipes import RECIPES
 
 
 def composition(**values: Any) -> Composition:
-    usual: dict[str, Any] = {
+    """A small LoMaR on images of five channels."""
+    small: dict[str, Any] = {
         "method": "lomar",
-        "model": "tiny",
+        "embed_dim": 16,
+        "depth": 3,
+        "num_heads": 2,
         "image_size": 35,
         "patch_size": 5,
         "window_size": 3,
         "views": 2,
-        "mask_ratio": 0.8,
         "mask_layer": 1,
-        "window_layout": "independent",
-        "batch_size": 4,
         "mean": (0.1, 0.2, 0.3, 0.4, 0.5),
         "std": (0.5, 0.4, 0.3, 0.2, 0.1),
         "scale": 65535.0,
     }
-    return Composition(**usual | values)
+    return dataclasses.replace(RECIPES["lomar"].composition("lomar"), **small | values)
 
 
 @pytest.mark.parametrize("where", ["", "encoder.safetensors"])
-def test_a_loaded_encoder_computes_what_the_trained_one_did(where: str, tmp_path: Path, miniature: None) -> None:
+def test_a_loaded_encoder_computes_what_the_trained_one_did(where: str, tmp_path: Path) -> None:
     """From the folder and from the file; five channels, and a grid of another shape than in training."""
     made = composition()
     trained = made.build().architecture.encoder.eval()
@@ -50,15 +52,35 @@ def test_a_loaded_encoder_computes_what_the_trained_one_did(where: str, tmp_path
     assert not loaded.training and loaded.num_classes == 0
 
 
-def test_the_file_alone_rebuilds_a_size_that_is_in_no_table(tmp_path: Path, miniature: None) -> None:
-    save_encoder(tmp_path / "encoder.safetensors", composition().encoder(), composition())
-    from lomar.model import SIZES
+def test_a_file_of_the_time_before_other_positions_loads(tmp_path: Path) -> None:
+    """Its metadata says nothing of position, key bias, layer scale, initialisation and classifier."""
+    trained = composition().encoder()
+    save_encoder(tmp_path / "encoder.safetensors", trained, composition())
+    with safe_open(tmp_path / "encoder.safetensors", framework="pt") as file:
+        metadata = json.loads(file.metadata()["lomar"])
+    for name in ("num_classes", "global_pool"):
+        del metadata[name]
+    for name in ("position", "bias_grid", "key_bias", "init_values", "weight_init"):
+        del metadata["architecture"][name]
+    save_file(trained.state_dict(), tmp_path / "old.safetensors", metadata={"lomar": json.dumps(metadata)})
+    images = torch.randn(1, 5, 35, 35)
+    with torch.inference_mode():
+        assert torch.equal(package.load(tmp_path / "old.safetensors")(images), trained.eval()(images))
 
-    SIZES["tiny"] = (192, 12, 3)
-    assert package.load(tmp_path).embed_dim == 16
+
+@pytest.mark.parametrize("global_pool", ["avg", "token"])
+def test_a_classifier_is_kept(global_pool: str, tmp_path: Path) -> None:
+    trained = composition().encoder()
+    trained.reset_classifier(7, global_pool)
+    save_encoder(tmp_path / "encoder.safetensors", trained, composition())
+    loaded = package.load(tmp_path)
+    images = torch.randn(2, 5, 35, 35)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), trained.eval()(images))
+    assert loaded.num_classes == loaded.pretrained_cfg["num_classes"] == 7
 
 
-def test_a_loaded_encoder_tells_timm_how_to_prepare_images(tmp_path: Path, miniature: None) -> None:
+def test_a_loaded_encoder_tells_timm_how_to_prepare_images(tmp_path: Path) -> None:
     made = composition(mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
     save_encoder(tmp_path / "encoder.safetensors", made.encoder(), made)
     config = timm.data.resolve_model_data_config(package.load(tmp_path))
@@ -68,7 +90,7 @@ def test_a_loaded_encoder_tells_timm_how_to_prepare_images(tmp_path: Path, minia
     assert transform is not None
 
 
-def test_a_loaded_encoder_takes_a_classifier_and_trains(tmp_path: Path, miniature: None) -> None:
+def test_a_loaded_encoder_takes_a_classifier_and_trains(tmp_path: Path) -> None:
     save_encoder(tmp_path / "encoder.safetensors", composition().encoder(), composition())
     encoder = package.load(tmp_path).train()
     encoder.reset_classifier(7)
@@ -78,7 +100,7 @@ def test_a_loaded_encoder_takes_a_classifier_and_trains(tmp_path: Path, miniatur
     assert all(p.grad is not None for p in encoder.parameters())
 
 
-def test_a_loaded_reconstructor_computes_what_the_trained_one_did(tmp_path: Path, miniature: None) -> None:
+def test_a_loaded_reconstructor_computes_what_the_trained_one_did(tmp_path: Path) -> None:
     made = composition()
     trained = made.build().eval()
     save_reconstructor(tmp_path / "reconstructor.safetensors", trained, made)
@@ -114,7 +136,13 @@ def test_the_metadata_is_json_that_says_what_the_file_is(finished_run: Path) -> 
         "depth": 3,
         "num_heads": 2,
         "mlp_ratio": 4.0,
+        "position": "contextual",
+        "bias_grid": [3, 3],
+        "key_bias": True,
+        "init_values": None,
+        "weight_init": "xavier",
     }
+    assert (metadata["num_classes"], metadata["global_pool"]) == (0, "avg")
     assert metadata["scale"] == 255.0 and metadata["mean"] == [0.485, 0.456, 0.406]
 
 
@@ -126,7 +154,7 @@ def test_a_run_that_is_not_finished_can_be_loaded(
     assert package.load(tmp_path / "run").embed_dim == 16
 
 
-def test_what_is_no_encoder_is_refused_in_one_line(tmp_path: Path, finished_run: Path, miniature: None) -> None:
+def test_what_is_no_encoder_is_refused_in_one_line(tmp_path: Path, finished_run: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.safetensors").write_text("hello")
     whole = (finished_run / "encoder.safetensors").read_bytes()

@@ -4,14 +4,14 @@ import pytest
 import torch
 from golden import TOLERANCE, fill, filler
 
-from lomar.model import Encoder, attention, encoder, positions
-from lomar.model.attention import Attention
+from lomar.model import Encoder, attention, positions
+from lomar.model.attention import ContextualAttention
 from lomar.model.positions import contextual_buckets, grid_coordinates
 
 
 def classifier() -> Encoder:
     model = Encoder(32, 4, num_classes=10, embed_dim=48, depth=2, num_heads=3).double().eval()
-    fill(model, classifier=True)
+    fill(model, "classifier")
     return model
 
 
@@ -21,7 +21,7 @@ def logits(model: Encoder, images: int, side_px: int) -> torch.Tensor:
 
 def test_attention_equals_the_released_layer() -> None:
     """H1."""
-    layer = Attention(48, 3).double()
+    layer = ContextualAttention(48, 3).double()
     fill(layer)
     x = (4 * filler(2 * 50 * 48, j=1000)).reshape(2, 50, 48)
     out = layer(x, contextual_buckets(grid_coordinates(7, 7)[None]))
@@ -50,18 +50,18 @@ def test_classifier_equals_the_released_fine_tuning_model() -> None:
 
 def test_the_vectors_tell_a_scaled_query_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias from the scaled query, as the original iRPE has it, gives H3's wrong numbers and so would be noticed."""
-    right = attention.contextual_attention
+    right = attention.contextual_bias
 
-    def scaled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, buckets: torch.Tensor):
-        return right(q, k, v, table * q.shape[-1] ** -0.5, buckets)
+    def scaled(q: torch.Tensor, table: torch.Tensor, buckets: torch.Tensor) -> torch.Tensor:
+        return right(q, table * q.shape[-1] ** -0.5, buckets)
 
-    monkeypatch.setattr(attention, "contextual_attention", scaled)
+    monkeypatch.setattr(attention, "contextual_bias", scaled)
     wrong = torch.tensor([-0.20727516, -0.06840875, 0.17585207]).double()
     torch.testing.assert_close(logits(classifier(), 2, 32)[0, :3], wrong, **TOLERANCE)
 
 
 def test_the_vectors_tell_a_flipped_sign_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Key minus query in place of query minus key gives H3's wrong numbers and so would be noticed."""
-    monkeypatch.setattr(encoder, "contextual_buckets", lambda at: positions.contextual_buckets(-at))
+    monkeypatch.setattr(attention, "contextual_buckets", lambda at: positions.contextual_buckets(-at))
     wrong = torch.tensor([-0.20393246, -0.07098072, 0.17239139]).double()
     torch.testing.assert_close(logits(classifier(), 2, 32)[0, :3], wrong, **TOLERANCE)

@@ -31,7 +31,7 @@ class Squares(nn.Module):
         super().__init__()
         self.linear = nn.Linear(5, HIDDEN)
 
-    def forward(self, pixels: Tensor, corners: Tensor, hidden: Tensor) -> tuple[Tensor, int]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, int]:
         losses = (self.linear(pixels) - 1).square()
         return losses.sum(), losses.numel()
 
@@ -64,8 +64,7 @@ def make_trainer(
                 parts = change(step, images(step, sum(sizes))).split(list(sizes))
                 for number, part in enumerate(parts):
                     names = [f"file-{step}-{number}"]
-                    none = torch.zeros(0)
-                    yield MicroBatch(part, none, none, names, bad(step), last=number == len(parts) - 1)
+                    yield MicroBatch({"pixels": part}, names, bad(step), last=number == len(parts) - 1)
         finally:
             closed.append(True)
 
@@ -111,7 +110,7 @@ def by_hand(pixels: Tensor) -> tuple[list[Tensor], Tensor]:
     """Gradients and loss of the mean over all hidden patches of a whole batch."""
     torch.manual_seed(0)
     method = Squares()
-    total, hidden = method(pixels, None, None)
+    total, hidden = method(pixels)
     loss = total / hidden
     loss.backward()
     return [p.grad for p in method.parameters() if p.grad is not None], loss.detach()
@@ -134,7 +133,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(sizes: tuple[in
 def test_clipping_is_that_of_torch(clip: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
     method = Squares()
-    total, hidden = method(images(0, 7), None, None)
+    total, hidden = method(images(0, 7))
     (total / hidden).backward()
     norm = torch.nn.utils.clip_grad_norm_(method.parameters(), clip)
     trainer = make_trainer(tmp_path, sizes=(4, 3), clip_grad=clip)

@@ -7,16 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from lomar.methods.recipes import Composition
+from lomar.methods.recipes import RECIPES
 from lomar.training.optim import Schedule, adamw, decay_groups
 
 
 def test_base_16_has_the_groups_of_the_released_code() -> None:
     """SPEC A.8: 100 tensors of 122,880 parameters without decay, 64 of 86,154,240 with."""
     with torch.device("meta"):
-        method = Composition(
-            "lomar", "base", 224, 16, 7, 4, 0.8, 0, "independent", 4096, (0.5,) * 3, (0.5,) * 3, 255.0
-        ).build()
+        method = RECIPES["lomar"].composition("lomar").build()
     plain, decayed = decay_groups(method, 0.05)
     assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.05)
     assert count(plain["params"]) == (100, 122_880)
@@ -31,11 +29,35 @@ def count(parameters: Any) -> tuple[int, int]:
     return len(listed), sum(p.numel() for p in listed)
 
 
-def test_adamw_has_the_papers_momenta() -> None:
-    optimizer = adamw(torch.nn.Linear(3, 2), 0.05)
+def test_mae_has_the_groups_of_the_released_code() -> None:
+    """B.3: sines and cosines are frozen, and so in no group; cls and mask token are decayed."""
+    with torch.device("meta"):
+        method = RECIPES["mae"].composition("mae").build()
+    plain, decayed = decay_groups(method, 0.05)
+    listed = [id(p) for group in (plain, decayed) for p in group["params"]]  # type: ignore[attr-defined]
+    fixed = [p for name, p in method.named_parameters() if name.endswith("pos_embed")]
+    assert len(fixed) == 2 and not {id(p) for p in fixed} & set(listed)
+    assert count(plain["params"])[1] + count(decayed["params"])[1] == 111_655_680
+
+
+def test_beit_spares_its_cls_token_alone() -> None:
+    """C.5: not decayed are biases, norms, layer scale and cls token; mask token and bias table are."""
+    with torch.device("meta"):
+        method = RECIPES["beit"].composition("beit").build()
+    plain, _ = decay_groups(method, 0.05, spared=("cls_token",))
+    names = {name for name, p in method.named_parameters() if any(p is q for q in plain["params"])}  # type: ignore[attr-defined]
+    big = {name for name, p in method.named_parameters() if name in names and p.ndim > 1}
+    assert big == {"architecture.encoder.cls_token"}
+    assert {"architecture.encoder.blocks.0.ls1.gamma", "architecture.encoder.blocks.0.attn.q_bias"} <= names
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
+def test_adamw_has_the_momenta_and_the_decay_it_is_given(betas: tuple[float, float]) -> None:
+    optimizer = adamw(torch.nn.Linear(3, 2), 0.05, betas)
     for group in optimizer.param_groups:
-        assert group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8
+        assert group["betas"] == betas and group["eps"] == 1e-8
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.05]
+    assert RECIPES["lomar"].options["betas"] == (0.9, 0.95) and RECIPES["beit"].options["betas"] == (0.9, 0.999)
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero_by_a_cosine() -> None:
@@ -45,6 +67,12 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero_by_a_cosine() -> None:
     assert schedule.lr(6) == pytest.approx(0.8 * (1 + math.sqrt(0.5)) / 2)  # a quarter of the way
     assert schedule.lr(8) == pytest.approx(0.4)  # half-way
     assert schedule.lr(12) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_rate_falls_to_the_lowest_rate_where_there_is_one() -> None:
+    """BEiT's 1e-5: half-way is the mean of peak and lowest rate."""
+    schedule = Schedule(peak_lr=0.8, warmup_steps=4, total_steps=12, min_lr=0.2)
+    assert [schedule.lr(step) for step in (0, 4, 8, 12)] == pytest.approx([0.2, 0.8, 0.5, 0.2])
 
 
 def test_a_warm_up_may_end_between_two_steps_or_not_be() -> None:

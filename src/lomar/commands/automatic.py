@@ -16,6 +16,7 @@ import torch
 
 from lomar.data.decode import PixelFormat
 from lomar.errors import UserError
+from lomar.model.encoder import size_of
 
 PAPER_BASE_LR = 1.5e-4  # for 256 images, at batch 4096 (section 6.1)
 SHORT_RUN_LR = 1e-3  # of an optimiser step; the paper's rate is for hundreds of thousands of steps
@@ -123,7 +124,12 @@ def choose(
         settle("statistics", "imagenet", "8-bit colour")
     else:
         settle("statistics", "data", f"{channels} channels of {pixel_type}: estimated from the images")
-    settle("model", *_model(count, gpu))
+    model = settle("model", *_model(count, gpu))
+    if given.get("architecture") == "encoder-decoder":
+        for name, value, reason in _decoder(size_of(model)[0]):
+            settle(name, value, reason)
+    else:
+        choices |= {name: Choice(value, "") for name, value, _ in _decoder(768) if name not in given}
     image_size, patch_size = _sizes(given, short_side_px, gpu)
     settle("image_size", *image_size)
     settle("patch_size", *patch_size)
@@ -147,6 +153,14 @@ def _model(count: int, gpu: bool) -> tuple[str, str]:
         return "tiny", "no GPU"
     size = "tiny" if count < 5_000 else "small" if count < 200_000 else "base"
     return size, f"{count} images"
+
+
+def _decoder(width: int) -> list[tuple[str, int, str]]:
+    """MAE's decoder for a base encoder; about two thirds as wide as a smaller one, and less deep."""
+    values = (512, 8, 16) if width >= 768 else (256, 8, 8) if width >= 384 else (128, 4, 4)
+    reason = "MAE's" if width >= 768 else f"for an encoder {width} wide; MAE's 512 x 8 is for one of 768"
+    names = ("decoder_width", "decoder_depth", "decoder_heads")
+    return [(name, value, reason) for name, value in zip(names, values, strict=True)]
 
 
 def _sizes(given: Mapping[str, Any], short_side_px: int, gpu: bool) -> tuple[tuple[int, str], tuple[int, str]]:

@@ -7,7 +7,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from lomar.commands.panels import NORMALISED_CAPTION, central_crops, panels
+from lomar.commands.panels import caption, central_crops, panels, tokenised_crops
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import centre_crops
 from lomar.data.sources import ImageSource, LabelledSplit, labelled_split
@@ -137,11 +137,11 @@ class Evaluation:
         pixels, _ = central_crops(self.pictured, self.fmt, self.options.image_size)
         if not len(pixels):
             return  # the few that are drawn can all be bad
-        drawn = panels(self.method, pixels, self.options.seed)
-        caption = (
-            f"Step {step}: original, window, masked ({self.options.mask_ratio:.0%} hidden), reconstruction. "
-            + NORMALISED_CAPTION
-        )
-        picture = figure7(drawn, caption)
+        tokenised = tokenised_crops(self.method, self.pictured, self.fmt)
+        drawn = panels(self.method, pixels, self.options.seed, tokenised)
+        if not drawn:
+            return
+        about = f"Step {step}: original, window, masked ({self.options.mask_ratio:.0%} hidden), reconstruction. "
+        picture = figure7(drawn, about + caption(self.method))
         save_png(picture, self.run / "figures" / f"reconstruction-{step:07d}.png")
         save_png(picture, self.run / "figures" / "reconstruction.png")

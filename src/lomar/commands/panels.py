@@ -1,18 +1,78 @@
-"""Reconstructions of images as panels for the figures."""
+"""Images that are named for a picture, and their reconstructions as panels of a figure."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import SampleKey, centre_crops
-from lomar.data.sources import ImageSource
+from lomar.data.sources import ImageSource, open_source
+from lomar.errors import UserError
 from lomar.figures.reconstruction import Panel
-from lomar.methods.reconstruction import MaskedReconstruction, ViewsAndMask
+from lomar.methods.reconstruction import MaskedReconstruction
+from lomar.methods.targets import NormalisedPixels, VisualTokens
+from lomar.methods.tokenizer import STRIDE
 
-NORMALISED_CAPTION = (
-    "The model predicts patches less their mean and over their deviation; each shown prediction is given the true "
-    "mean and deviation of its patch."
-)
+IMAGES_OF_A_FOLDER = 8  # the first ones
+
+
+def images_named(paths: Sequence[str]) -> ImageSource:
+    """The images that `--images` names, and the first of each folder it names.
+
+    Raises:
+        UserError: there is no such file or folder, or no image in it.
+    """
+    found: list[bytes] = []
+    for path in paths:
+        if path == "sample" or Path(path).is_dir():
+            source = open_source(path, flag="--images")
+            names = [source.path(i) for i in range(min(len(source), IMAGES_OF_A_FOLDER))]
+        elif Path(path).is_file():
+            names = [os.fsencode(path)]
+        else:
+            raise UserError(f"--images: there is no file or folder {path}")
+        found += [os.path.abspath(name) for name in names]  # noqa: PTH100 (bytes)
+    return ImageSource("/", found)
+
+
+def pixel_format(channels: int, scale: float) -> PixelFormat:
+    """What a model reads its pixels as, which are divided by `scale`."""
+    return PixelFormat(channels, {255.0: "uint8", 65535.0: "uint16"}.get(scale, "float32"))
+
+
+def readable_crops(source: ImageSource, fmt: PixelFormat, size_px: int) -> tuple[Tensor, list[str]]:
+    """Pixels (n, C, size_px, size_px) of the images that can be read, and the names of the others.
+
+    Raises:
+        UserError: none can be read.
+    """
+    pixels, good = central_crops(source, fmt, size_px)
+    skipped = [source.name(i) for i in (~good).nonzero().flatten().tolist()]
+    if not len(pixels):
+        raise UserError(f"--images: none of {len(source)} can be read, for example {skipped[0]}")
+    return pixels, skipped
+
+
+def caption(method: MaskedReconstruction) -> str:
+    """How to read its reconstructions."""
+    if isinstance(method.target, NormalisedPixels):
+        return (
+            "The model predicts patches less their mean and over their deviation; each shown prediction is given the "
+            "true mean and deviation of its patch."
+        )
+    if isinstance(method.target, VisualTokens):
+        return "The model predicts visual tokens; shown is what the tokenizer decodes from them and the visible ones."
+    return ""
+
+
+def tokenised_crops(method: MaskedReconstruction, source: ImageSource, fmt: PixelFormat) -> Tensor | None:
+    """The crops of `central_crops` at the size a tokenizer sees them; None if the method has no tokenizer."""
+    if not isinstance(method.target, VisualTokens) or method.target.tokenizer is None:
+        return None
+    return central_crops(source, fmt, STRIDE * method.views.grid[0])[0]
 
 
 def central_crops(source: ImageSource, fmt: PixelFormat, size_px: int) -> tuple[Tensor, Tensor]:
@@ -21,7 +81,7 @@ def central_crops(source: ImageSource, fmt: PixelFormat, size_px: int) -> tuple[
     return pixels[good], good
 
 
-def panels(method: MaskedReconstruction, pixels: Tensor, seed: int) -> list[Panel]:
+def panels(method: MaskedReconstruction, pixels: Tensor, seed: int, tokenised: Tensor | None = None) -> list[Panel]:
     """One window of each image, masked and reconstructed.
 
     The window depends on the seed and the image's place alone, so that other mask ratios show the same windows; the
@@ -31,14 +91,19 @@ def panels(method: MaskedReconstruction, pixels: Tensor, seed: int) -> list[Pane
         method: with weights; its mask decides the ratio.
         pixels: integer (n, C, S, S).
         seed: of windows and masks.
+        tokenised: what `tokenised_crops` gave.
+
+    Returns:
+        One panel for each image; none if the method predicts nothing that can be seen.
     """
-    draw = ViewsAndMask(method.views, method.mask, seed)
+    draw = method.draw(seed)
     patch = method.patch_size
     rows, columns = (side * patch for side in method.views.size)
     corners, hidden, windows = [], [], []
     for place, image in enumerate(pixels):
         # Slot and batch matter to the released layout alone, whose windows then all come from one call.
-        corner, hide = (t[0] for t in draw(SampleKey(epoch=0, index=place, batch=0, slot=0)))
+        drawn = draw(SampleKey(epoch=0, index=place, batch=0, slot=0))
+        corner, hide = drawn["corners"][0], drawn["hidden"][0]
         top, left = (corner * patch).tolist()
         corners.append(corner)
         hidden.append(hide)
@@ -48,9 +113,14 @@ def panels(method: MaskedReconstruction, pixels: Tensor, seed: int) -> list[Pane
     method.eval()
     with torch.inference_mode():
         restored = method.reconstruct(
-            torch.stack(windows).to(device), torch.stack(corners).to(device), torch.stack(hidden).to(device)
+            torch.stack(windows).to(device),
+            torch.stack(corners).to(device),
+            torch.stack(hidden).to(device),
+            None if tokenised is None else tokenised.to(device),
         )
     method.train(training)
+    if restored is None:
+        return []
     predictions = (restored.float() * method.scale).cpu().numpy()
     return [
         Panel(image.numpy(), (int(corner[0]), int(corner[1])), patch, hide.numpy(), prediction)

@@ -79,13 +79,14 @@ class Image:
     dtype: str
     decode: Callable[[Box, Size, int], np.ndarray]
 
-    def crop(self, box: Box, size: Size, fmt: PixelFormat) -> np.ndarray:
+    def crop(self, box: Box, size: Size, fmt: PixelFormat, lanczos: bool = False) -> np.ndarray:
         """The pixels of a box, resized (bicubic, antialiased).
 
         Args:
             box: (top, left, height, width) in pixels, inside the image.
             size: (rows, columns) of the result in pixels.
             fmt: channels and type of the result.
+            lanczos: resize with Lanczos' filter instead.
 
         Returns:
             (fmt.channels, rows, columns) of fmt.dtype.
@@ -98,7 +99,8 @@ class Image:
         pixels = self.decode(box, size, fmt.channels)  # (h, w, c)
         if pixels.shape[2] == 3 and fmt.channels == 1:
             pixels = _luma(pixels)
-        resized = _resized(_converted(pixels, fmt.dtype), size)  # (c, rows, cols)
+        resize = _resized_by_lanczos if lanczos else _resized
+        resized = resize(_converted(pixels, fmt.dtype), size)  # (c, rows, cols)
         if len(resized) == 1 and fmt.channels == 3:
             resized = np.repeat(resized, 3, axis=0)
         return resized
@@ -389,3 +391,14 @@ def _resized(pixels: np.ndarray, size: Size) -> np.ndarray:
         # Bicubic overshoots at edges. float32 data has no bounds to keep to, uint16 has.
         resized = resized.round().clip(0, 65_535).astype(np.uint16)
     return resized
+
+
+def _resized_by_lanczos(pixels: np.ndarray, size: Size) -> np.ndarray:
+    """(h, w, c) -> (c, rows, columns) of the same type, by Pillow, a channel at a time."""
+    mode = np.uint8 if pixels.dtype == np.uint8 else np.float32
+    channels = [
+        np.asarray(PIL.Image.fromarray(channel).resize(size[::-1], PIL.Image.Resampling.LANCZOS))
+        for channel in np.ascontiguousarray(pixels.astype(mode, copy=False).transpose(2, 0, 1))
+    ]
+    resized = np.stack(channels)
+    return resized.round().clip(0, 65_535).astype(np.uint16) if pixels.dtype == np.uint16 else resized

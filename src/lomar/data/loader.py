@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lomar.data.augment import centre_crop, random_resized_crop
+from lomar.data.augment import ColorJitter, centre_crop, random_resized_crop
 from lomar.data.decode import PixelFormat, read_image
 from lomar.data.sources import ImageSource
 from lomar.data.survey import reason_for
@@ -39,8 +39,8 @@ class SampleKey(NamedTuple):
     slot: int
 
 
-# Corners int64 (V, 2), row and column in patches on the crop's grid, and hidden bool (V, N), True where hidden.
-Draw = Callable[[SampleKey], tuple[torch.Tensor, torch.Tensor]]
+# What is random about a sample's views, by name; "corners" int64 (V, 2), row and column in patches, is among it.
+Draw = Callable[[SampleKey], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -48,38 +48,25 @@ class MicroBatch:
     """A part of one process's share of a global batch.
 
     Args:
-        pixels: (B, V, C, h, w) windows in pixels; uint8, uint16 or float32.
-        corners: int64 (B, V, 2), row and column of each window in patches on the crop's grid.
-        hidden: bool (B, V, N), True where hidden.
+        inputs: what the method takes, by name: "pixels" (B, V, C, h, w) of uint8, uint16 or float32; all that was drawn
+            for the samples, (B, ...) each; "tokenised" (B, C, t, t) if asked for.
         names: the file of each sample.
         bad: (name, reason) of files that could not be read and were replaced.
         last: whether this ends the process's share of its global batch.
     """
 
-    pixels: torch.Tensor
-    corners: torch.Tensor
-    hidden: torch.Tensor
+    inputs: dict[str, torch.Tensor]
     names: list[str]
     bad: list[tuple[str, str]]
     last: bool
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same with its tensors on a device; the copy overlaps with work if the memory was pinned."""
-        return replace(
-            self,
-            pixels=self.pixels.to(device, non_blocking=True),
-            corners=self.corners.to(device, non_blocking=True),
-            hidden=self.hidden.to(device, non_blocking=True),
-        )
+        return replace(self, inputs={name: t.to(device, non_blocking=True) for name, t in self.inputs.items()})
 
     def pin_memory(self) -> "MicroBatch":
         """The same in page-locked memory. The DataLoader calls this."""
-        return replace(
-            self,
-            pixels=self.pixels.pin_memory(),
-            corners=self.corners.pin_memory(),
-            hidden=self.hidden.pin_memory(),
-        )
+        return replace(self, inputs={name: t.pin_memory() for name, t in self.inputs.items()})
 
 
 def stream(count: int, seed: int, batch_size: int, first_batch: int) -> Iterator[list[SampleKey]]:
@@ -123,16 +110,32 @@ def micro_batch_keys(batches: Iterable[list[SampleKey]], share: range, micro_bat
 
 
 @dataclass(frozen=True)
+class CropPlan:
+    """What becomes of an image before windows are cut from it.
+
+    Args:
+        size_px: side of the square crop.
+        scale: smallest and largest share of an image's area that a crop takes.
+        color_jitter: strength of random brightness, contrast and saturation.
+        tokenised_px: side of a second picture of the same crop, for a tokenizer; 0 for none.
+    """
+
+    size_px: int
+    scale: tuple[float, float]
+    color_jitter: float = 0.0
+    tokenised_px: int = 0
+
+
+@dataclass(frozen=True)
 class _CropWindows(Dataset[MicroBatch]):
     """Samples of the stream: a random crop of an image, mirrored or not, and windows cut from it."""
 
     source: ImageSource
     fmt: PixelFormat
     draw: Draw
-    image_size_px: int
+    plan: CropPlan
     patch_size_px: int
     view_size: tuple[int, int]
-    crop_scale: tuple[float, float]
     seed: int
     last_slot: int
 
@@ -141,42 +144,55 @@ class _CropWindows(Dataset[MicroBatch]):
 
         A UserError is returned, not raised: the DataLoader would wrap it in a worker's traceback.
         """
-        drawn = [self.draw(key) for key in keys]
-        corners = torch.stack([corners for corners, _ in drawn])  # (B, V, 2)
-        hidden = torch.stack([hidden for _, hidden in drawn])  # (B, V, N)
+        draws = [self.draw(key) for key in keys]
+        drawn = {name: torch.stack([each[name] for each in draws]) for name in draws[0]}
+        corners_px = drawn["corners"].numpy() * self.patch_size_px  # (B, V, 2)
         side_px = [patches * self.patch_size_px for patches in self.view_size]
-        shape = (len(keys), corners.shape[1], self.fmt.channels, *side_px)
-        pixels = np.empty(shape, dtype=self.fmt.dtype)
+        pixels = np.empty((*corners_px.shape[:2], self.fmt.channels, *side_px), dtype=self.fmt.dtype)
+        tokenised: list[np.ndarray] = []
         names: list[str] = []
         bad: list[tuple[str, str]] = []
         try:
-            for key, (corners_px, _), windows in zip(keys, drawn, pixels, strict=True):
-                crop, name = self._crop(key, bad)
-                cut_windows(crop, corners_px.numpy() * self.patch_size_px, windows)
+            for key, at_px, windows in zip(keys, corners_px, pixels, strict=True):
+                (crop, *second), name = self._crop(key, bad)
+                cut_windows(crop, at_px, windows)
+                tokenised += second
                 names.append(name)
         except UserError as error:
             return error
-        last = keys[-1].slot == self.last_slot
-        return MicroBatch(torch.from_numpy(pixels), corners, hidden, names, bad, last)
+        inputs = {"pixels": torch.from_numpy(pixels), **drawn}
+        if tokenised:
+            inputs["tokenised"] = torch.from_numpy(np.stack(tokenised))
+        return MicroBatch(inputs, names, bad, keys[-1].slot == self.last_slot)
 
-    def _crop(self, key: SampleKey, bad: list[tuple[str, str]]) -> tuple[np.ndarray, str]:
-        """The crop (C, S, S) of a sample and its file's name; files that cannot be read are added to `bad`."""
-        index = key.index
+    def _crop(self, key: SampleKey, bad: list[tuple[str, str]]) -> tuple[list[np.ndarray], str]:
+        """The crop (C, S, S) of a sample, after it the one for a tokenizer, and its file's name.
+
+        Files that cannot be read are added to `bad`.
+        """
+        index, plan = key.index, self.plan
         for attempt in range(_REPLACEMENTS + 1):
             name = self.source.name(index)
             try:
                 # Seeded anew for each attempt: what a bad file drew before it failed must not matter.
                 generator = seeded(self.seed, key.epoch, key.index, "crop")
                 image = read_image(self.source.read(index), name)
-                box = random_resized_crop(image.height, image.width, self.crop_scale, generator=generator)
-                crop = image.crop(box, (self.image_size_px, self.image_size_px), self.fmt)
+                box = random_resized_crop(image.height, image.width, plan.scale, generator=generator)
+                crops = [image.crop(box, (plan.size_px, plan.size_px), self.fmt)]
+                if plan.tokenised_px:
+                    # Lanczos, as BEiT's tokenizer was given its images.
+                    crops.append(image.crop(box, (plan.tokenised_px, plan.tokenised_px), self.fmt, lanczos=True))
             except (BadImageError, OSError) as error:
                 bad.append((name, reason_for(error)))
                 chooser = seeded(self.seed, key.epoch, key.index, "replacement", attempt)
                 index = int(torch.randint(len(self.source), (1,), generator=chooser))
             else:
-                mirrored = torch.rand(1, generator=generator).item() < 0.5
-                return (crop[:, :, ::-1] if mirrored else crop), name
+                if torch.rand(1, generator=generator).item() < 0.5:
+                    crops = [crop[:, :, ::-1] for crop in crops]
+                if plan.color_jitter:
+                    jitter = ColorJitter.draw(plan.color_jitter, seeded(self.seed, key.epoch, key.index, "colour"))
+                    crops = [jitter(crop) for crop in crops]
+                return crops, name
         name, reason = bad[-1]
         raise UserError(f"{_REPLACEMENTS + 1} files in a row cannot be read, the last {name}: {reason}")
 
@@ -199,10 +215,9 @@ def pretraining_batches(
     fmt: PixelFormat,
     draw: Draw,
     *,
-    image_size_px: int,
+    plan: CropPlan,
     patch_size_px: int,
     view_size: tuple[int, int],
-    crop_scale: tuple[float, float],
     seed: int,
     batch_size: int,
     micro_batch: int,
@@ -219,10 +234,9 @@ def pretraining_batches(
         source: the images.
         fmt: what their pixels become.
         draw: gives the windows and masks of a sample; must be picklable.
-        image_size_px: side of the square crop.
+        plan: how images are cropped.
         patch_size_px: side of a patch.
         view_size: (rows, columns) of a window in patches.
-        crop_scale: smallest and largest share of an image's area that a crop takes.
         seed: of the run.
         batch_size: samples of a global batch, over all processes.
         micro_batch: most samples of a micro-batch.
@@ -238,9 +252,7 @@ def pretraining_batches(
         ValueError: fewer samples in a batch than processes.
     """
     share = share_of_batch(batch_size, rank, world_size)
-    windows = _CropWindows(
-        source, fmt, draw, image_size_px, patch_size_px, view_size, crop_scale, seed, last_slot=share.stop - 1
-    )
+    windows = _CropWindows(source, fmt, draw, plan, patch_size_px, view_size, seed, last_slot=share.stop - 1)
     batches = islice(stream(len(source), seed, batch_size, first_batch), total_batches - first_batch)
     return _loaded(windows, micro_batch_keys(batches, share, micro_batch), workers, pin_memory)
 

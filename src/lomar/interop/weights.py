@@ -1,6 +1,10 @@
-"""Weights out and in: encoder and reconstructor as safetensors, with the metadata that rebuilds them."""
+"""Weights out and in: encoder and reconstructor as safetensors, with the metadata that rebuilds them.
+
+Whatever reads weights here reads the checkpoints that LoMaR, MAE and BEiT released as well.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,8 @@ from safetensors.torch import load_file, save
 from lomar import __version__
 from lomar.errors import UserError
 from lomar.files import write_atomically
-from lomar.methods.recipes import Composition
+from lomar.interop.official import is_torch_file, read_official
+from lomar.methods.composition import Composition
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.model import Encoder
 
@@ -20,63 +25,98 @@ RECONSTRUCTOR_FILE = "reconstructor.safetensors"
 
 def save_encoder(path: Path, encoder: Encoder, composition: Composition) -> None:
     """Write an encoder with all that `load` needs to rebuild it, and how its input is normalised."""
-    metadata = {"architecture": encoder.architecture, "mean": composition.mean, "std": composition.std}
-    _save(path, encoder.state_dict(), "encoder", metadata | {"scale": composition.scale})
+    metadata = {
+        "architecture": encoder.architecture,
+        "num_classes": encoder.num_classes,
+        "global_pool": encoder.global_pool,
+        "mean": composition.mean,
+        "std": composition.std,
+        "scale": composition.scale,
+    }
+    _save(path, encoder.state_dict(), "encoder", metadata)
 
 
 def save_reconstructor(path: Path, method: MaskedReconstruction, composition: Composition) -> None:
-    """Write encoder, mask token and head with all that `load_reconstructor` needs."""
+    """Write encoder, mask token, decoder and head with all that `load_reconstructor` needs."""
     _save(path, method.state_dict(), "reconstructor", {"composition": composition.to_dict()})
 
 
 def load(path: str | Path) -> Encoder:
-    """The encoder of a run, ready for timm-style use; `num_classes` is 0 and `reset_classifier` gives it a head.
+    """The encoder of a run or of a released checkpoint, ready for timm-style use.
 
-    Its `pretrained_cfg` holds mean, std and input size, as `timm.data.resolve_model_data_config` reads them, and
-    `scale`: what pixels are divided by first (255, 65535 for 16-bit images, 1 for floats).
+    `num_classes` is 0 and `reset_classifier` gives it a head; a fine-tuned one keeps its classifier. Its
+    `pretrained_cfg` holds mean, std and input size, as `timm.data.resolve_model_data_config` reads them, and `scale`:
+    what pixels are divided by first (255, 65535 for 16-bit images, 1 for floats).
 
     Args:
-        path: a run's folder, finished or not, or an `encoder.safetensors`.
+        path: a run's folder, finished or not, an `encoder.safetensors`, or a file that LoMaR, MAE or BEiT released
+            (.pth), pretrained or fine-tuned.
 
     Raises:
-        UserError: there is no such file, or it does not hold an encoder of lomar.
+        UserError: there is no such file, or it does not hold an encoder.
     """
     file = _resolve(Path(path), ENCODER_FILE)
-    metadata, tensors = _read(file, "encoder")
-    try:
-        encoder = Encoder(num_classes=0, **metadata["architecture"])
-        encoder.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{file} does not hold a whole encoder ({_first_line(error)})") from error
-    size = encoder.patch_embed.img_size
-    pretrained_cfg = {
-        "architecture": "lomar_vit",
-        "input_size": (metadata["architecture"]["in_chans"], *size),
-        "fixed_input_size": False,
-        "mean": tuple(metadata["mean"]),
-        "std": tuple(metadata["std"]),
-        "scale": metadata["scale"],
-        "interpolation": "bicubic",
-        "crop_pct": 0.875,
-        "num_classes": 0,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
-    encoder.pretrained_cfg = pretrained_cfg
-    return encoder.eval()
+    if is_torch_file(file):
+        official = read_official(file)
+        return _described(official.encoder, official.composition.mean, official.composition.std, 255.0)
+    return _encoder(file, *_read(file, "encoder"))
 
 
 def load_reconstructor(path: str | Path) -> tuple[MaskedReconstruction, Composition]:
-    """The method of a run with its weights, and its composition.
+    """The method of a run or of a released checkpoint with its weights, and its composition.
 
     Args:
-        path: a run's folder, finished or not, or a `reconstructor.safetensors`.
+        path: a run's folder, finished or not, a `reconstructor.safetensors`, or a released file (.pth) that holds all
+            of pretraining.
 
     Raises:
         UserError: there is no such file, or it does not hold a reconstructor.
     """
     file = _resolve(Path(path), RECONSTRUCTOR_FILE)
-    metadata, tensors = _read(file, "reconstructor")
+    if is_torch_file(file):
+        official = read_official(file)
+        if official.method is None:
+            raise UserError(f"{file} holds {official.kind}: without mask token and head nothing can be reconstructed")
+        return official.method, official.composition
+    return _reconstructor(file, *_read(file, "reconstructor"))
+
+
+def load_most(path: str | Path) -> tuple[Encoder | MaskedReconstruction, tuple[float, ...], tuple[float, ...]]:
+    """The whole method where there is one, else the encoder; and mean and deviation of the pixels it is for.
+
+    Args:
+        path: whatever `load` or `load_reconstructor` takes.
+
+    Raises:
+        UserError: there is no such file, or it holds neither.
+    """
+    path = Path(path)
+    file = _resolve(path, RECONSTRUCTOR_FILE if (path / RECONSTRUCTOR_FILE).exists() else ENCODER_FILE)
+    if is_torch_file(file):
+        official = read_official(file)
+        composition = official.composition
+        return official.method or official.encoder, composition.mean, composition.std
+    metadata, tensors = _read(file, "encoder", "reconstructor")
+    if metadata["kind"] == "encoder":
+        encoder = _encoder(file, metadata, tensors)
+        return encoder, tuple(metadata["mean"]), tuple(metadata["std"])
+    method, composition = _reconstructor(file, metadata, tensors)
+    return method, composition.mean, composition.std
+
+
+def _encoder(file: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> Encoder:
+    try:
+        classifier = {name: metadata[name] for name in ("num_classes", "global_pool") if name in metadata}
+        encoder = Encoder(**{"num_classes": 0} | classifier | metadata["architecture"])
+        encoder.load_state_dict(tensors)
+        return _described(encoder, metadata["mean"], metadata["std"], metadata["scale"]).eval()
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise UserError(f"{file} does not hold a whole encoder ({_first_line(error)})") from error
+
+
+def _reconstructor(
+    file: Path, metadata: dict[str, Any], tensors: dict[str, Any]
+) -> tuple[MaskedReconstruction, Composition]:
     try:
         composition = Composition.from_dict(metadata["composition"])
         method = composition.build()
@@ -84,6 +124,24 @@ def load_reconstructor(path: str | Path) -> tuple[MaskedReconstruction, Composit
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise UserError(f"{file} does not hold a whole reconstructor ({_first_line(error)})") from error
     return method.eval(), composition
+
+
+def _described(encoder: Encoder, mean: Sequence[float], std: Sequence[float], scale: float) -> Encoder:
+    """The encoder, with what timm asks a model about its input and classifier."""
+    encoder.pretrained_cfg = {
+        "architecture": "lomar_vit",
+        "input_size": (encoder.architecture["in_chans"], *encoder.patch_embed.img_size),
+        "fixed_input_size": False,
+        "mean": tuple(mean),
+        "std": tuple(std),
+        "scale": scale,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "num_classes": encoder.num_classes,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    return encoder
 
 
 def _save(path: Path, tensors: dict[str, Any], kind: str, metadata: dict[str, Any]) -> None:
@@ -102,7 +160,8 @@ def _resolve(path: Path, name: str) -> Path:
     return path
 
 
-def _read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(path: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata and tensors of a file that holds one of `kinds`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("lomar")
@@ -114,8 +173,8 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
         found = metadata.get("kind", "weights of something else")
     except (ValueError, AttributeError):
         found = "weights of something else"
-    if found != kind:
-        raise UserError(f"{path} holds {found}, not the {kind} of a run")
+    if found not in kinds:
+        raise UserError(f"{path} holds {found}, not the {' or '.join(kinds)} of a run")
     return metadata, tensors
 
 

@@ -1,9 +1,38 @@
 """HOW a view is encoded: where the tokens of hidden patches enter."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from lomar.model import Encoder
+from lomar.model.positions import Grid
+from lomar.model.transformer import Transformer
+
+
+class View(NamedTuple):
+    """The patches of each view, visible ones apart from the hidden.
+
+    Args:
+        visible: (R, N - M, P * P * C) normalised pixels.
+        visible_at: int64 (R, N - M, 2), coordinates in the image.
+        hidden_at: int64 (R, M, 2), coordinates of the hidden patches.
+        spared: where views hide fewer than M: pixels (R, M, P * P * C) of the patches at `hidden_at`, and bool (R, M),
+            which of them are visible after all. None where every view hides M.
+    """
+
+    visible: Tensor
+    visible_at: Tensor
+    hidden_at: Tensor
+    spared: tuple[Tensor, Tensor] | None = None
+
+
+class Stage(NamedTuple):
+    """Tokens (with cls) that pass through blocks of one width."""
+
+    tokens: int
+    blocks: int
+    width: int
 
 
 class MaskedEncoder(nn.Module):
@@ -20,7 +49,7 @@ class MaskedEncoder(nn.Module):
     Raises:
         ValueError: `mask_layer` is outside the depth.
 
-    Source: LoMaR section 3.2 "Architecture"; later layers are suggested in section 5.
+    Source: LoMaR section 3.2 "Architecture"; later layers are suggested in section 5. BEiT at mask layer 0.
     """
 
     def __init__(self, encoder: Encoder, mask_layer: int = 0) -> None:
@@ -31,27 +60,98 @@ class MaskedEncoder(nn.Module):
         self.mask_layer = mask_layer
         self.width = encoder.embed_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.width))
-        nn.init.normal_(self.mask_token, std=0.02)
+        encoder.initialisation.token(self.mask_token)
 
-    def forward(self, visible: Tensor, visible_at: Tensor, hidden_at: Tensor) -> Tensor:
-        """Latents of the hidden patches.
+    def stages(self, visible: int, hidden: int) -> list[Stage]:
+        """The tokens of one view through the blocks."""
+        late = len(self.encoder.blocks) - self.mask_layer
+        stages = [Stage(1 + visible, self.mask_layer, self.width), Stage(1 + visible + hidden, late, self.width)]
+        return [stage for stage in stages if stage.blocks]
+
+    def forward(self, view: View, paths: Tensor | None = None) -> Tensor:
+        """Latents of the patches at `view.hidden_at`: (R, M, D), after the encoder's final norm.
 
         Args:
-            visible: (R, N - M, P * P * C) normalised pixels of the visible patches.
-            visible_at: int64 (R, N - M, 2), their coordinates.
-            hidden_at: int64 (R, M, 2), coordinates of the hidden patches.
-
-        Returns:
-            (R, M, D), after the encoder's final norm, in the order of `hidden_at`.
+            view: visible patches, and where the hidden ones are.
+            paths: (R, depth, 2) uniform numbers that decide for drop path.
         """
-        x = self.encode(visible, visible_at, hidden_at)
-        return x[:, 1 + visible.shape[1] :]
+        return self.encode(view, paths)[:, 1 + view.visible.shape[1] :]
 
-    def encode(self, visible: Tensor, visible_at: Tensor, hidden_at: Tensor) -> Tensor:
+    def encode(self, view: View, paths: Tensor | None = None) -> Tensor:
         """(R, 1 + N, D): cls, visible and hidden tokens after the final norm; arguments as for `forward`."""
-        x = self.encoder.prepend_cls(self.encoder.embed_patches(visible))
-        x = self.encoder.run_blocks(x, visible_at, last=self.mask_layer)
-        masks = self.mask_token.to(x.dtype).expand(*hidden_at.shape[:2], -1)
-        x = torch.cat([x, masks], dim=1)  # (R, 1 + N, D)
-        x = self.encoder.run_blocks(x, torch.cat([visible_at, hidden_at], dim=1), first=self.mask_layer)
-        return self.encoder.norm(x)
+        encoder = self.encoder
+        x = encoder.prepend_cls(encoder.place(encoder.embed_patches(view.visible), view.visible_at))
+        if self.mask_layer:
+            x = encoder.run_blocks(x, encoder.relate(view.visible_at), last=self.mask_layer, paths=paths)
+        masks = self.mask_token.to(x.dtype).expand(*view.hidden_at.shape[:2], -1)
+        if view.spared is not None:
+            patches, is_visible = view.spared
+            masks = torch.where(is_visible[..., None], encoder.embed_patches(patches), masks)
+        x = torch.cat([x, encoder.place(masks, view.hidden_at)], dim=1)  # (R, 1 + N, D)
+        relation = encoder.relate(torch.cat([view.visible_at, view.hidden_at], dim=1))
+        return encoder.norm(encoder.run_blocks(x, relation, first=self.mask_layer, paths=paths))
+
+
+class EncoderDecoder(nn.Module):
+    """An encoder for the visible patches alone; a small decoder takes their latents and mask tokens.
+
+    Args:
+        encoder: the vision transformer; its classifier is not used.
+        grid: (H, W) of the image, in patches.
+        bias_grid: (rows, columns) of a view, which relative biases of the decoder cover.
+        width, depth, heads: of the decoder; 512, 8 and 16 in MAE.
+
+    Source: MAE; on windows, the encoder-decoder of LoMaR's Fig. 5. The decoder's kind of position is the encoder's.
+    """
+
+    def __init__(self, encoder: Encoder, grid: Grid, bias_grid: Grid, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.width = width
+        self.decoder_embed = nn.Linear(encoder.embed_dim, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        architecture = encoder.architecture
+        self.decoder = Transformer(
+            architecture["position"],
+            grid,
+            bias_grid,
+            width,
+            depth,
+            heads,
+            key_bias=architecture["key_bias"],
+            init_values=architecture["init_values"],
+        )
+        encoder.initialisation.linear(self.decoder_embed)
+        encoder.initialisation.token(self.mask_token)
+        encoder.initialisation.blocks(self.decoder.blocks)
+
+    def stages(self, visible: int, hidden: int) -> list[Stage]:
+        """The tokens of one view through the blocks."""
+        return [
+            Stage(1 + visible, len(self.encoder.blocks), self.encoder.embed_dim),
+            Stage(1 + visible + hidden, len(self.decoder.blocks), self.width),
+        ]
+
+    def forward(self, view: View, paths: Tensor | None = None) -> Tensor:
+        """Latents of the patches at `view.hidden_at`: (R, M, width), after the decoder's norm.
+
+        Args:
+            view: visible patches, and where the hidden ones are; every view must hide equally many.
+            paths: (R, depth, 2) uniform numbers that decide for the encoder's drop path.
+        """
+        return self.decode(view, paths)[:, 1 + view.visible.shape[1] :]
+
+    def decode(self, view: View, paths: Tensor | None = None) -> Tensor:
+        """(R, 1 + N, width): cls, visible and hidden tokens after the decoder's norm; arguments as for `forward`."""
+        encoder, decoder = self.encoder, self.decoder
+        x = encoder.prepend_cls(encoder.place(encoder.embed_patches(view.visible), view.visible_at))
+        x = encoder.norm(encoder.run_blocks(x, encoder.relate(view.visible_at), paths=paths))
+        x = self.decoder_embed(x)
+        masks = self.mask_token.to(x.dtype).expand(*view.hidden_at.shape[:2], -1)
+        coordinates = torch.cat([view.visible_at, view.hidden_at], dim=1)
+        patches = decoder.place(torch.cat([x[:, 1:], masks], dim=1), coordinates)
+        x = torch.cat([decoder.place_cls(x[:, :1]), patches], dim=1)  # (R, 1 + N, width)
+        return decoder.norm(decoder.run_blocks(x, decoder.relate(coordinates)))
+
+
+Architecture = MaskedEncoder | EncoderDecoder

@@ -1,5 +1,6 @@
 """WHERE to look, within a view: the patches that are hidden. True means hidden, everywhere."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,3 +47,107 @@ class UniformMask:
     def draw(self, views: int, generator: torch.Generator) -> Tensor:
         """bool (V, N), True where hidden."""
         return hide_smallest(torch.rand(views, self.patches, generator=generator), self.count)
+
+    @property
+    def even(self) -> bool:
+        """Whether every view hides exactly `count` patches."""
+        return True
+
+
+@dataclass(frozen=True)
+class KeptMask(UniformMask):
+    """`UniformMask` counted the other way: int(N * (1 - ratio)) patches stay visible, those with the smallest noise.
+
+    Source: MAE; 49 of 196 at its 0.75.
+    """
+
+    @property
+    def count(self) -> int:
+        """Hidden patches in a view."""
+        return self.patches - int(self.patches * (1 - self.ratio))
+
+    def draw(self, views: int, generator: torch.Generator) -> Tensor:
+        """bool (V, N), True where hidden."""
+        return hide_largest(torch.rand(views, self.patches, generator=generator), self.count)
+
+
+def hide_largest(noise: Tensor, count: int) -> Tensor:
+    """bool like `noise`: False at the smallest entries of the last axis, True at the `count` others.
+
+    Source: the released MAE code.
+    """
+    return ~hide_smallest(noise, noise.shape[-1] - count)
+
+
+ATTEMPTS = 10  # to place a block, before a mask is left as it is
+ASPECT = 0.3  # a block's height over width is between this and its inverse
+
+
+@dataclass(frozen=True)
+class BlockwiseMask:
+    """Rectangular blocks are hidden until about enough patches are; views hide at most `count`, most of them that many.
+
+    Args:
+        grid: (rows, columns) of a view.
+        ratio: share hidden; the count is int(N * ratio).
+        min_block: smallest area of a block, in patches.
+
+    Raises:
+        ValueError: the count is 0 or N.
+
+    Source: BEiT; 75 of 196 with blocks of at least 16.
+    """
+
+    grid: tuple[int, int]
+    ratio: float
+    min_block: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.count < self.patches:
+            raise ValueError(
+                f"a ratio of {self.ratio} hides {self.count} of {self.patches} patches; hide some, not all"
+            )
+
+    @property
+    def patches(self) -> int:
+        """Patches in a view N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def count(self) -> int:
+        """The most that a view hides."""
+        return int(self.patches * self.ratio)
+
+    @property
+    def even(self) -> bool:
+        """Whether every view hides exactly `count` patches."""
+        return False
+
+    def draw(self, views: int, generator: torch.Generator) -> Tensor:
+        """bool (V, N), True where hidden; at least one patch of each view is."""
+        return torch.stack([self._draw_one(generator) for _ in range(views)])
+
+    def _draw_one(self, generator: torch.Generator) -> Tensor:
+        hidden = torch.zeros(self.grid, dtype=torch.bool)
+        while (room := self.count - int(hidden.sum())) and self._hide_block(hidden, room, generator):
+            pass
+        if not hidden.any():  # a view too small for its blocks
+            hidden.view(-1)[int(torch.randint(self.patches, (1,), generator=generator))] = True
+        return hidden.flatten()
+
+    def _hide_block(self, hidden: Tensor, room: int, generator: torch.Generator) -> bool:
+        """Hide one more block of at most `room` new patches in (rows, columns) `hidden`; False if none was found."""
+        rows, columns = self.grid
+        for _ in range(ATTEMPTS):
+            size, shape, down, across = torch.rand(4, generator=generator).tolist()
+            area = self.min_block + size * (room - self.min_block)  # little room makes smaller blocks
+            aspect = math.exp((2 * shape - 1) * math.log(1 / ASPECT))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if not (0 < height < rows and 0 < width < columns):
+                continue
+            top, left = int(down * (rows - height + 1)), int(across * (columns - width + 1))
+            block = hidden[top : top + height, left : left + width]
+            if 0 < height * width - int(block.sum()) <= room:
+                block.fill_(True)
+                return True
+        return False

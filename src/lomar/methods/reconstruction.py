@@ -7,27 +7,43 @@ import torch
 from torch import Tensor, nn
 
 from lomar.data.loader import SampleKey
-from lomar.methods.architectures import MaskedEncoder
-from lomar.methods.masks import UniformMask
-from lomar.methods.targets import NormalisedPixels, patchify, unpatchify
+from lomar.methods.architectures import Architecture, Stage, View
+from lomar.methods.masks import BlockwiseMask, UniformMask
+from lomar.methods.targets import Scene, Target, patchify, take, unpatchify
 from lomar.methods.views import LocalWindows
-from lomar.model.encoder import init_linear
 from lomar.model.positions import grid_coordinates
 from lomar.seeding import seeded
 
 
 @dataclass(frozen=True)
 class ViewsAndMask:
-    """The windows of a sample and their hidden patches, fixed by (seed, epoch, index). Goes to the loader's workers."""
+    """The views of a sample and what is hidden of them, fixed by (seed, epoch, index). Goes to the loader's workers.
+
+    Args:
+        views: where to look.
+        mask: what is hidden there.
+        seed: of the run.
+        drop_path_blocks: blocks for which drop path needs numbers; 0 where there is no drop path.
+    """
 
     views: LocalWindows
-    mask: UniformMask
+    mask: UniformMask | BlockwiseMask
     seed: int
+    drop_path_blocks: int = 0
 
-    def __call__(self, key: SampleKey) -> tuple[Tensor, Tensor]:
-        """Corners int64 (V, 2), row and column in patches, and hidden bool (V, N)."""
+    def __call__(self, key: SampleKey) -> dict[str, Tensor]:
+        """What `MaskedReconstruction.forward` takes beside the pixels.
+
+        Corners int64 (V, 2), row and column in patches; hidden bool (V, N); with drop path, paths (V, blocks, 2)
+        uniform in [0, 1).
+        """
         corners = self.views.corners(key, self.seed)
-        return corners, self.mask.draw(len(corners), seeded(self.seed, key.epoch, key.index, "mask"))
+        mask = self.mask.draw(len(corners), seeded(self.seed, key.epoch, key.index, "mask"))
+        drawn = {"corners": corners, "hidden": mask}
+        if self.drop_path_blocks:
+            generator = seeded(self.seed, key.epoch, key.index, "drop path")
+            drawn["paths"] = torch.rand(len(corners), self.drop_path_blocks, 2, generator=generator)
+        return drawn
 
 
 class MaskedReconstruction(nn.Module):
@@ -41,6 +57,9 @@ class MaskedReconstruction(nn.Module):
         patch_size: patch side P, in pixels.
         mean, std: per channel, in units of 0 to 1.
         scale: pixel value that stands for 1: 255 for uint8, 65535 for uint16, 1 for floats.
+
+    Raises:
+        ValueError: the mask hides different numbers of patches, and the architecture cannot have that.
     """
 
     mean: Tensor
@@ -49,15 +68,17 @@ class MaskedReconstruction(nn.Module):
     def __init__(
         self,
         views: LocalWindows,
-        mask: UniformMask,
-        architecture: MaskedEncoder,
-        target: NormalisedPixels,
+        mask: UniformMask | BlockwiseMask,
+        architecture: Architecture,
+        target: Target,
         patch_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         scale: float,
     ) -> None:
         super().__init__()
+        if not mask.even and len(architecture.stages(1, 1)) > 1:
+            raise ValueError("a mask that hides more in one view than in another needs mask tokens from block 0 on")
         self.views = views
         self.mask = mask
         self.architecture = architecture
@@ -65,11 +86,11 @@ class MaskedReconstruction(nn.Module):
         self.patch_size = patch_size
         self.scale = scale
         self.head = nn.Linear(architecture.width, target.width(patch_size**2 * len(mean)))
-        init_linear(self.head)
+        architecture.encoder.initialisation.linear(self.head)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
-    def with_mask(self, mask: UniformMask) -> "MaskedReconstruction":
+    def with_mask(self, mask: UniformMask | BlockwiseMask) -> "MaskedReconstruction":
         """The same weights under another mask."""
         other = copy.copy(self)
         other.mask = mask
@@ -83,55 +104,98 @@ class MaskedReconstruction(nn.Module):
         """The network's input (..., C, h, w) -> values of 0 to 1."""
         return images * self.std + self.mean
 
-    def forward(self, pixels: Tensor, corners: Tensor, hidden: Tensor) -> tuple[Tensor, int]:
+    def draw(self, seed: int) -> ViewsAndMask:
+        """What the loader calls for each sample."""
+        drops = self.architecture.encoder.drop_path_rate > 0
+        return ViewsAndMask(self.views, self.mask, seed, len(self.architecture.encoder.blocks) if drops else 0)
+
+    def stages(self) -> list[Stage]:
+        """The tokens of one view (cls among them) through the blocks, at the most hidden patches."""
+        return self.architecture.stages(self.mask.patches - self.mask.count, self.mask.count)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        corners: Tensor,
+        hidden: Tensor,
+        paths: Tensor | None = None,
+        tokenised: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | int]:
         """Sum of the hidden patches' losses, and how many they are.
 
         Args:
-            pixels: integer (B, V, C, h, w), the windows.
+            pixels: integer (B, V, C, h, w), the views.
             corners: int64 (B, V, 2), their top-left patches.
             hidden: bool (B, V, N).
+            paths: (B, V, depth, 2) uniform numbers that decide for drop path; not given, torch's generator does.
+            tokenised: integer (B, C, 8 H, 8 W), the images for a tokenizer.
         """
         windows = self.normalise(pixels.flatten(0, 1))
-        predicted, true, _ = self.predict(windows, corners.flatten(0, 1), hidden.flatten(0, 1))
-        losses = self.target.loss(predicted, true)  # (R, M)
-        return losses.sum(), losses.numel()
+        paths = None if paths is None else paths.flatten(0, 1)
+        prediction, scene = self.predict(windows, corners.flatten(0, 1), hidden.flatten(0, 1), paths, tokenised)
+        losses = self.target.loss(prediction, self.target.truth(scene))  # (R, M)
+        if self.mask.even:
+            return losses.sum(), losses.numel()
+        counted = hidden.flatten(0, 1).gather(1, scene.at)
+        return (losses * counted).sum(), counted.sum()
 
-    def predict(self, windows: Tensor, corners: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def order(self, hidden: Tensor) -> Tensor:
+        """Raster indices int64 (R, N) in the order of the tokens: visible ones first, hidden ones last.
+
+        Args:
+            hidden: bool (R, N).
+        """
+        return hidden.to(torch.uint8).argsort(dim=1, stable=True)
+
+    def predict(
+        self,
+        windows: Tensor,
+        corners: Tensor,
+        hidden: Tensor,
+        paths: Tensor | None = None,
+        tokenised: Tensor | None = None,
+    ) -> tuple[Tensor, Scene]:
         """The head's output for the hidden patches.
 
         Args:
             windows: normalised (R, C, h, w).
             corners: int64 (R, 2).
-            hidden: bool (R, N), equally many in each row.
+            hidden: bool (R, N); M in each row, or at most M where the mask is uneven.
+            paths: (R, depth, 2).
+            tokenised: integer (B, C, 8 H, 8 W), B dividing R.
 
         Returns:
-            Prediction (R, M, head width), true pixels (R, M, P * P * C), and raster indices int64 (R, M).
+            Prediction (R, M, head width), and the scene with what should have come out. Where a row hides fewer than M,
+            the first of its M are patches that are visible.
         """
         patches = patchify(windows, self.patch_size)  # (R, N, P * P * C)
         coordinates = corners[:, None] + grid_coordinates(*self.views.size, device=corners.device)  # (R, N, 2)
-        order = hidden.to(torch.uint8).argsort(dim=1, stable=True)  # visible first, both parts in raster order
-        visible, masked = order.split([self.mask.patches - self.mask.count, self.mask.count], dim=1)
-        latents = self.architecture(take(patches, visible), take(coordinates, visible), take(coordinates, masked))
-        return self.head(latents), take(patches, masked), masked
+        visible, at = self.order(hidden).split([self.mask.patches - self.mask.count, self.mask.count], dim=1)
+        spared = None if self.mask.even else (take(patches, at), ~hidden.gather(1, at))
+        view = View(take(patches, visible), take(coordinates, visible), take(coordinates, at), spared)
+        prediction = self.head(self.architecture(view, paths))
+        return prediction, Scene(windows, patches, at, view.hidden_at, tokenised, self.normalise)
 
-    def reconstruct(self, pixels: Tensor, corners: Tensor, hidden: Tensor) -> Tensor:
-        """Windows with their hidden patches predicted and their visible ones as they are.
+    def reconstruct(
+        self, pixels: Tensor, corners: Tensor, hidden: Tensor, tokenised: Tensor | None = None
+    ) -> Tensor | None:
+        """Views with their hidden patches predicted and their visible ones as they are.
 
         Args:
             pixels: integer (R, C, h, w).
             corners: int64 (R, 2).
             hidden: bool (R, N).
+            tokenised: integer (B, C, 8 H, 8 W), B dividing R, for a tokenizer.
 
         Returns:
-            float (R, C, h, w), values of about 0 to 1.
+            float (R, C, h, w), values of about 0 to 1; None if the target has no pictures.
         """
         windows = self.normalise(pixels)
-        predicted, true, at = self.predict(windows, corners, hidden)
-        patches = patchify(windows, self.patch_size)
-        restored = patches.scatter(1, at[..., None].expand_as(true), self.target.to_pixels(predicted, true))
+        prediction, scene = self.predict(windows, corners, hidden, tokenised=tokenised)
+        predicted = self.target.to_pixels(prediction, scene)
+        if predicted is None:
+            return None
+        at = scene.at[..., None].expand_as(predicted)
+        shown = torch.where(take(hidden[..., None], scene.at), predicted, take(scene.patches, scene.at))
+        restored = scene.patches.scatter(1, at, shown)
         return self.denormalise(unpatchify(restored, self.views.size, windows.shape[1]))
-
-
-def take(items: Tensor, at: Tensor) -> Tensor:
-    """(R, N, d) items and int64 (R, M) indices -> (R, M, d)."""
-    return items.gather(1, at[..., None].expand(-1, -1, items.shape[-1]))

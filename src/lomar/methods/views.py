@@ -1,6 +1,6 @@
 """WHERE to look: the windows of an image that are reconstructed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -85,6 +85,27 @@ class LocalWindows:
         """int64 (V, 2): top-left corners of one sample's windows."""
         generator = seeded(seed, key.epoch, key.index, "windows")
         return local_windows(self.grid, self.side, self.count, generator)
+
+
+@dataclass(frozen=True)
+class WholeImage(LocalWindows):
+    """One view that is the whole image, as in MAE and BEiT.
+
+    Args:
+        grid: (rows, columns) of the image, in patches.
+    """
+
+    side: int = field(init=False, default=0)
+    count: int = field(init=False, default=1)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, columns) of the view: the image's."""
+        return self.grid
+
+    def corners(self, key: SampleKey, seed: int) -> Tensor:
+        """int64 (1, 2): the image's corner."""
+        return torch.zeros(1, 2, dtype=torch.int64)
 
 
 @dataclass(frozen=True)

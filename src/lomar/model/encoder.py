@@ -1,4 +1,4 @@
-"""The encoder: a pre-norm vision transformer that knows positions through contextual relative encoding alone.
+"""The encoder: a pre-norm vision transformer, which knows positions through contextual relative encoding or otherwise.
 
 It is a timm model: `import lomar.model`, then `timm.create_model("lomar_vit_base_patch16")`.
 """
@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed, global_pool_nlc
+from timm.layers import PatchEmbed, global_pool_nlc
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lomar.model.attention import Attention
-from lomar.model.positions import contextual_buckets, grid_coordinates
+from lomar.model.attention import Relation
+from lomar.model.initialisation import INITIALISATIONS
+from lomar.model.positions import Grid, grid_coordinates
+from lomar.model.transformer import NORM_EPS, Transformer
 
 # name -> width, depth, heads. Base, large, huge: MAE and LoMaR; tiny and small: DeiT.
 SIZES = {
@@ -24,37 +25,30 @@ SIZES = {
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
-NORM_EPS = 1e-6
 
 
-class Block(nn.Module):
-    """Attention, then a two-layer perceptron, each on normalised tokens and added to them.
+def size_of(model: str) -> tuple[int, int, int]:
+    """Width, depth and heads of a name in `SIZES`, or of "WIDTHxDEPTHxHEADS".
 
-    Args:
-        width: token width D.
-        heads: attention heads.
-        mlp_ratio: hidden width of the perceptron over D.
-        drop_path: probability that a sample skips a branch.
+    Raises:
+        ValueError: it is neither, or the width is not a multiple of the heads.
     """
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor, buckets: Tensor) -> Tensor:
-        """(R, N, D) tokens and int64 (R or 1, N, N) buckets -> (R, N, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), buckets))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    if model in SIZES:
+        return SIZES[model]
+    parts = model.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{model!r} is no size; it can be {', '.join(SIZES)}, or WIDTHxDEPTHxHEADS such as 768x12x12")
+    width, depth, heads = map(int, parts)
+    if width % heads:
+        raise ValueError(f"{model!r}: a width of {width} is not a multiple of {heads} heads")
+    return width, depth, heads
 
 
-class Encoder(nn.Module):
-    """Vision transformer with contextual relative position.
+class Encoder(Transformer):
+    """Vision transformer; with contextual relative position if nothing else is asked for.
 
-    There is no absolute position: any image whose sides are multiples of the patch side goes in, at any resolution.
+    Any image whose sides are multiples of the patch side goes in, at any resolution. Contextual position needs nothing
+    for that; tables of absolute positions and relative biases are resized to the image.
 
     An encoder (`num_classes=0`) normalises its tokens with `norm`. A classifier that pools patch tokens has no `norm`;
     it normalises the pooled vector with `fc_norm`, as MAE and LoMaR fine-tune.
@@ -69,11 +63,16 @@ class Encoder(nn.Module):
         mlp_ratio: hidden width of the perceptrons over `embed_dim`.
         drop_rate: dropout before `head`.
         drop_path_rate: probability of skipping the last block's branches; it grows linearly from 0 at the first block.
+        position: one of `lomar.model.transformer.POSITIONS`.
+        bias_grid: (rows, columns) that the tables of relative biases cover; None is the grid of `img_size`.
+        key_bias: whether keys have a bias; BEiT's have none.
+        init_values: initial value of layer scale, or None for no layer scale.
+        weight_init: a name in `lomar.model.initialisation.INITIALISATIONS`.
 
     Raises:
-        ValueError: `embed_dim` is not a multiple of `num_heads`, or `global_pool` is unknown.
+        ValueError: `embed_dim` is not a multiple of `num_heads`, or `global_pool` or `position` is unknown.
 
-    Source: LoMaR sections 3.2 and 6.1; sizes and initialisation as the released code.
+    Source: LoMaR sections 3.2 and 6.1; sizes and initialisation as the released code; MAE; BEiT.
     """
 
     def __init__(
@@ -89,10 +88,19 @@ class Encoder(nn.Module):
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        position: str = "contextual",
+        bias_grid: Grid | None = None,
+        key_bias: bool = True,
+        init_values: float | None = None,
+        weight_init: str = "xavier",
     ) -> None:
-        super().__init__()
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        grid = height // patch_size, width // patch_size
+        bias_grid = tuple(bias_grid) if bias_grid else grid  # type: ignore[assignment]  # JSON makes it a list
+        assert bias_grid is not None
+        super().__init__(
+            position, grid, bias_grid, embed_dim, depth, num_heads, mlp_ratio, key_bias, drop_path_rate, init_values
+        )
         if global_pool not in ("avg", "token", ""):
             raise ValueError(f"global_pool is {global_pool!r}; it can be 'avg', 'token' or ''")
         # What rebuilds this encoder without its classifier; saved beside the weights.
@@ -104,6 +112,11 @@ class Encoder(nn.Module):
             "depth": depth,
             "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
+            "position": position,
+            "bias_grid": bias_grid,
+            "key_bias": key_bias,
+            "init_values": init_values,
+            "weight_init": weight_init,
         }
         self.pretrained_cfg: dict[str, Any] | None = (
             None  # where the weights come from; set by timm and by `lomar.load`
@@ -112,14 +125,13 @@ class Encoder(nn.Module):
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
-        self.grad_checkpointing = False
+        self.initialisation = INITIALISATIONS[weight_init]
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        drop_paths = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, rate) for rate in drop_paths])
         pools_for_head = num_classes > 0 and global_pool == "avg"
-        self.norm = nn.Identity() if pools_for_head else nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        if pools_for_head:
+            self.norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(embed_dim, eps=NORM_EPS) if pools_for_head else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -130,11 +142,10 @@ class Encoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier-uniform products, zero biases, N(0, 0.02) cls token; the patch embedding's bias stays torch's own."""
-        self.apply(init_linear)
-        projection = self.patch_embed.proj.weight
-        nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
-        nn.init.normal_(self.cls_token, std=0.02)
+        """Fill all weights as `weight_init` says; tables of positions stay as they are."""
+        self.initialisation.blocks(self.blocks)
+        self.initialisation.convolution(self.patch_embed.proj)
+        self.initialisation.token(self.cls_token)
         self._init_head()
 
     def _init_head(self) -> None:
@@ -156,29 +167,15 @@ class Encoder(nn.Module):
 
     def prepend_cls(self, tokens: Tensor) -> Tensor:
         """(R, N, D) patch tokens -> (R, 1 + N, D) with the cls token first."""
-        return torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        cls_token = self.place_cls(self.cls_token).to(tokens.dtype)
+        return torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
-    def run_blocks(self, x: Tensor, coordinates: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """Tokens after blocks `first` to `last` (exclusive).
-
-        Args:
-            x: (R, 1 + N, D), cls first.
-            coordinates: integer (R or 1, N, 2), row and column of the patch tokens.
-        """
-        buckets = contextual_buckets(coordinates)
-        for block in self.blocks[first:last]:
-            x = self._run(block, x, buckets)
-        return x
-
-    def _run(self, block: nn.Module, x: Tensor, buckets: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, buckets, use_reentrant=False)
-        return block(x, buckets)
-
-    def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, height, width) -> tokens (B, 1 + N, D) and coordinates (1, N, 2)."""
-        rows, columns = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-        return self.prepend_cls(self.patch_embed(images)), grid_coordinates(rows, columns, images.device)[None]
+    def _tokens(self, images: Tensor) -> tuple[Tensor, Relation]:
+        """(B, C, height, width) -> tokens (B, 1 + N, D) and what the blocks need to know of their positions."""
+        extent = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        coordinates = grid_coordinates(*extent, images.device)[None]
+        tokens = self.place(self.patch_embed(images), coordinates, extent)
+        return self.prepend_cls(tokens), self.relate(coordinates, extent)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, height, width) normalised images -> (B, 1 + N, D) tokens, cls first, after the final norm."""
@@ -219,11 +216,10 @@ class Encoder(nn.Module):
             raise ValueError(f"output_fmt is {output_fmt!r}; it can be 'NCHW' or 'NLC'")
         take, last = feature_take_indices(len(self.blocks), indices)
         rows, columns = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        x, coordinates = self._tokens(x)
-        buckets = contextual_buckets(coordinates)
+        x, relation = self._tokens(x)
         kept = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run(block, x, buckets)
+            x = self._run(block, x, relation)
             if i in take:
                 kept.append(self.norm(x) if norm else x)
         prefix = [t[:, : self.num_prefix_tokens] for t in kept]
@@ -267,9 +263,10 @@ class Encoder(nn.Module):
         self._init_head()
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Change the default input size, in pixels; nothing learned depends on it."""
+        """Change the default input size, in pixels; tables of positions are resized, contextual ones need not be."""
         self.patch_embed.set_input_size(img_size)
-        self.architecture["img_size"] = img_size
+        self.set_grid(self.patch_embed.grid_size)
+        self.architecture |= {"img_size": img_size, "bias_grid": self.grid}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass: less memory, about a third more time."""
@@ -278,23 +275,15 @@ class Encoder(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names that fine-tuning does not decay beside biases and norms."""
-        return {"cls_token"}
+        return {"cls_token", "pos_embed"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for layer-wise learning rates: stem, blocks in order, then all that follows."""
         return {
-            "stem": r"^cls_token|^patch_embed",
-            "blocks": r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm|^rel_pos_bias", (99999,))],
         }
-
-
-def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weight and zero bias for a linear layer; other modules stay as they are."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _names() -> dict[str, tuple[str, int]]:

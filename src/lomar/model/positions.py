@@ -1,13 +1,19 @@
 """Position encodings, as functions of patch coordinates.
 
 Tokens travel with integer coordinates (row, column) in patches, so windows, visible-only tokens, rectangular images and
-any resolution need no special case.
+any resolution need no special case. Contextual relative position is LoMaR's, the relative bias BEiT's, sine and cosine
+of the absolute place MAE's.
 """
 
 import math
+from functools import lru_cache
 
+import numpy as np
 import torch
+from scipy.interpolate import make_interp_spline
 from torch import Tensor, nn
+
+Grid = tuple[int, int]  # rows and columns, in patches
 
 # Piecewise index of Wu et al. 2021 ("Rethinking and Improving Relative Position Encoding") with LoMaR's ratio 1.9.
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
@@ -75,3 +81,167 @@ class ContextualPosition(nn.Module):
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(head_dim, BUCKETS))
+
+
+def relative_index(coordinates: Tensor, grid: Grid) -> Tensor:
+    """Which row of a relative-bias table each query-key pair uses, with a cls token put first.
+
+    Args:
+        coordinates: integer (R, N, 2), whose differences stay within the grid; R may be 1 for all rows alike.
+        grid: (H, W) that the table covers.
+
+    Returns:
+        int64 (R, 1 + N, 1 + N): (query row - key row + H - 1) * (2 W - 1) + query column - key column + W - 1; the last
+        three rows of the table are cls to patch, patch to cls, cls to cls.
+
+    Source: BEiT, microsoft/unilm at 768a3c8.
+    """
+    rows, columns = grid
+    span = 2 * columns - 1
+    delta = coordinates[:, :, None] - coordinates[:, None]  # (R, N, N, 2)
+    index = (delta[..., 0] + rows - 1) * span + delta[..., 1] + columns - 1
+    to_patch = (2 * rows - 1) * span
+    index = nn.functional.pad(index, (0, 0, 1, 0), value=to_patch)
+    index = nn.functional.pad(index, (1, 0), value=to_patch + 1)
+    index[:, 0, 0] = to_patch + 2
+    return index
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each head and each difference of positions, added to the logits.
+
+    Zero at the start.
+
+    Args:
+        grid: (H, W) patches; differences of up to H - 1 rows and W - 1 columns have numbers of their own.
+        heads: attention heads.
+
+    Source: BEiT; shared by all blocks in pretraining, one for each block in fine-tuning.
+    """
+
+    def __init__(self, grid: Grid, heads: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.table = nn.Parameter(torch.zeros((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads))
+
+    def relate(self, coordinates: Tensor, extent: Grid | None = None) -> tuple[Tensor, Grid]:
+        """Rows of the table for tokens with cls first, and the grid that the table must cover for them.
+
+        Args:
+            coordinates: integer (R, N, 2).
+            extent: (rows, columns) that the coordinates fill, where that may be more than the table covers.
+        """
+        grid = self.grid if extent is None else (max(extent[0], self.grid[0]), max(extent[1], self.grid[1]))
+        return relative_index(coordinates, grid), grid
+
+    def forward(self, relation: tuple[Tensor, Grid]) -> Tensor:
+        """What `relate` gave -> (R, heads, 1 + N, 1 + N); the table is resized if it covers too little."""
+        index, grid = relation
+        table = self.table if grid == self.grid else resize_bias(self.table, self.grid, grid)
+        return table[index].permute(0, 3, 1, 2)
+
+    def set_grid(self, grid: Grid) -> None:
+        """Cover another grid for good: the table is resized."""
+        if grid != self.grid:
+            self.table = nn.Parameter(resize_bias(self.table.detach(), self.grid, grid))
+            self.grid = grid
+
+
+def resize_bias(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
+    """A relative-bias table for another grid: fine where distances are short, stretched where they are long.
+
+    Args:
+        table: ((2 H - 1)(2 W - 1) + 3, heads).
+        grid: (H, W) that it covers.
+        new_grid: (H', W') to cover.
+
+    Returns:
+        ((2 H' - 1)(2 W' - 1) + 3, heads); the three rows for cls are kept.
+
+    Source: BEiT: cubic splines through the old numbers, placed at geometrically growing distances.
+    """
+    old_sides, sides = [2 * side - 1 for side in grid], [2 * side - 1 for side in new_grid]
+    down, across = (torch.from_numpy(_stretch(old, new)).to(table) for old, new in zip(old_sides, sides, strict=True))
+    patches = table[:-3].reshape(*old_sides, -1)
+    resized = torch.einsum("ar,rch,bc->abh", down, patches, across).flatten(0, 1)
+    return torch.cat([resized, table[-3:]])
+
+
+@lru_cache(maxsize=16)
+def _stretch(old: int, new: int) -> np.ndarray:
+    """(new, old): the linear map of spline interpolation from `old` geometric places to `new` whole ones.
+
+    A smaller range keeps the numbers of the differences it has.
+    """
+    if new <= old:
+        cut = (old - new) // 2
+        return np.eye(old)[cut : cut + new]
+    if old == 1:
+        return np.ones((new, 1))
+    places = np.concatenate([[0.0], np.cumsum(growth(old, new) ** np.arange(old // 2))])
+    places = np.concatenate([-places[:0:-1], places])  # (old,)
+    wanted = np.arange(-(new // 2), new // 2 + 1)
+    spline = make_interp_spline(places, np.eye(old), k=min(3, old - 1))
+    return np.asarray(spline(wanted))
+
+
+def growth(old: int, new: int) -> float:
+    """The ratio q of geometric places, by bisection: 1 + q + q^2 + ... (old // 2 terms) reaches new // 2.
+
+    BEiT searches in 1.01 to 1.5; the bound here grows where that is not enough.
+    """
+    low, high = 1.0, 1.5
+    terms = np.arange(old // 2)
+    while (high**terms).sum() < new // 2:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        if (middle**terms).sum() > new // 2:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def sincos_table(grid: Grid, width: int) -> Tensor:
+    """Sines and cosines of the places of a grid, zeros for cls first.
+
+    Args:
+        grid: (H, W), in patches.
+        width: D, a multiple of 4: D / 4 each of sin and cos of the column, then of the row, with frequencies
+            10000^(-k / (D / 4)).
+
+    Returns:
+        float32 (1, 1 + H * W, D), patches in raster order.
+
+    Raises:
+        ValueError: the width is not a multiple of 4.
+
+    Source: MAE (MoCo v3 puts the row first).
+    """
+    if width % 4:
+        raise ValueError(f"sine-cosine positions need a width that 4 divides, not {width}")
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = grid_coordinates(*grid).double()[:, :, None].mul(frequency).unbind(1)  # (H * W, D / 4) each
+    places = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
+    return nn.functional.pad(places, (0, 0, 1, 0))[None]
+
+
+def resize_absolute(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
+    """A table of absolute positions for another grid, by bicubic interpolation; the row of cls is kept.
+
+    Args:
+        table: (1, 1 + H * W, D).
+        grid: (H, W) of the table.
+        new_grid: (H', W').
+
+    Returns:
+        (1, 1 + H' * W', D).
+
+    Source: MAE, after DeiT.
+    """
+    if grid == new_grid:
+        return table
+    places = table[:, 1:].reshape(1, *grid, -1).permute(0, 3, 1, 2).float()
+    places = nn.functional.interpolate(places, new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], places.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)

@@ -286,7 +286,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
-        hidden = 0
+        hidden: Tensor | int = 0
         names: list[str] = []
         waited_s = 0.0
         last = False
@@ -299,12 +299,12 @@ class Trainer:
             self._note_bad(micro.bad)
             micro = micro.to(self.fabric.device)
             with self.fabric.no_backward_sync(self.model, enabled=not last):
-                losses, count = self.model(micro.pixels, micro.corners, micro.hidden)
+                losses, count = self.model(**micro.inputs)
                 # DDP averages over processes; with the world size the gradients add up to that of the sum.
                 self.fabric.backward(losses * (self.fabric.world_size / course.batch_size))
             loss_sum += losses.detach()
             hidden += count
-        loss_sum, hidden_sum = self._sum(torch.stack([loss_sum, torch.full_like(loss_sum, hidden)]))
+        loss_sum, hidden_sum = self._sum(torch.stack([loss_sum, torch.as_tensor(hidden).to(loss_sum)]))
         grad_norm = self._scale_gradients(course.batch_size / hidden_sum)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,382 @@
+"""What a run is to do, settled before it begins: flags over --config over recipe over what the data suggests.
+
+Every option that does not fit the data, the hardware or another option is refused here.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lomar.commands.automatic import Choice, Hardware, choose, find_hardware, micro_batch
+from lomar.data.decode import PixelFormat
+from lomar.data.loader import SampleKey
+from lomar.data.sources import ImageSource, open_source
+from lomar.data.survey import Survey, channel_statistics, survey
+from lomar.errors import UserError
+from lomar.interop.initial import initial_options
+from lomar.interop.tokenizers import load_tokenizer
+from lomar.methods.composition import Composition
+from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES, Recipe, compose
+from lomar.methods.reconstruction import MaskedReconstruction
+from lomar.methods.targets import TARGETS, VisualTokens
+from lomar.methods.tokenizer import STRIDE, DiscreteVAE
+from lomar.model.encoder import SIZES, size_of
+from lomar.options import AUTO, PretrainOptions, fields_of, flag, read_config, suggestion
+from lomar.training.loop import process_count
+from lomar.training.memory import saved_bytes
+
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FILE = "tokenizer.safetensors"  # the run's own copy
+WARMUP_SHARE = 0.025  # of the run: 40 of 1600 epochs, 20 of 800, 10 of 400 (section 6.1)
+
+
+@dataclass
+class Settled:
+    """All that a run needs to begin or to go on.
+
+    Args:
+        options: every one with a value.
+        source: the images.
+        hardware: where to compute.
+        tokenizer: for methods that predict tokens.
+        notes: what the user should know.
+    """
+
+    options: PretrainOptions
+    source: ImageSource
+    hardware: Hardware
+    tokenizer: DiscreteVAE | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fmt(self) -> PixelFormat:
+        """What all pixels become."""
+        return pixel_format(self.options)
+
+    @property
+    def composition(self) -> Composition:
+        """What rebuilds the method."""
+        vocab = self.tokenizer.vocab if self.tokenizer else 0
+        return compose(asdict(self.options), vocab, self.fmt.scale)
+
+    def build(self) -> MaskedReconstruction:
+        """The method with fresh weights, and its tokenizer."""
+        method = self.composition.build()
+        if isinstance(method.target, VisualTokens) and self.tokenizer:
+            method.target.attach(self.tokenizer)
+        return method
+
+    @property
+    def tokenised_px(self) -> int:
+        """Side of the picture that a tokenizer sees of a crop; 0 where there is none."""
+        return tokenised_px(self.options.image_size // self.options.patch_size) if self.tokenizer else 0
+
+
+def tokenised_px(grid_side: int) -> int:
+    """Side in pixels of the picture that has one token for each patch of a grid."""
+    return STRIDE * grid_side
+
+
+def pixel_format(options: PretrainOptions) -> PixelFormat:
+    """What all pixels become."""
+    return PixelFormat(options.channels, options.pixel_type)
+
+
+def asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What flags and --config ask for; "auto" asks for nothing."""
+    config = read_config(given["config"], PretrainOptions) if given.get("config") else {}
+    automatic = {name for name, f in fields_of(PretrainOptions).items() if f.metadata["auto"] == AUTO}
+    return {
+        name: value
+        for name, value in _merged(config, given).items()
+        if value is not None and not (name in automatic and value == "auto")
+    }
+
+
+def settle(asked: Mapping[str, Any], run: Path) -> Settled:
+    """A new run: what was asked for (flag, then --config), then the recipe, then --init, then automatic choices.
+
+    Raises:
+        UserError: something is missing, wrong, or does not fit the rest.
+    """
+    recipe = _recipe(asked.get("method", "lomar"))
+    typed = set(asked)
+    asked = _merged(recipe.options, asked)
+    if "data" not in asked:
+        raise UserError("--data is missing: a folder of images, a .txt file of paths, or 'sample'")
+    if holds_run(run) and not asked.get("overwrite"):
+        raise UserError(f"--out {run} already holds a run; --resume goes on with it, --overwrite deletes it")
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--out {run} is a file; it must be a folder")
+    if not asked["window_size"] and "views" not in typed:
+        asked["views"] = 1
+    if "model" in asked:
+        _size(asked["model"])
+    hardware = find_hardware(asked.get("device", "auto"), process_count())
+    for name in ("data", "eval_data", "init", "tokenizer"):  # the run may be resumed from another folder
+        if name in asked and asked[name] != "sample":
+            asked[name] = os.path.abspath(asked[name])  # noqa: PTH100 (links stay as they are)
+    tokenizer = _tokenizer(asked)
+    initial = initial_options(asked["init"]) if "init" in asked else {}
+    asked = initial | asked
+    source = open_source(asked["data"])
+    share = asked.get("max_bad_share", fields_of(PretrainOptions)["max_bad_share"].default)
+    found = survey(source, max_bad_share=share, channels=asked.get("channels"))
+    choices = choose(asked, found.count, found.median_short_side_px, found.format, hardware)
+    values = {key: choice.value for key, choice in choices.items()} | asked
+    choices |= {key: Choice(value, "the --init file's") for key, value in initial.items() if key not in typed}
+    if found.format.dtype == "float32" and values["pixel_type"] != "float32":
+        raise UserError(f"--pixel-type is {values['pixel_type']}; images of float32 can be read as float32 alone")
+    fmt = PixelFormat(values["channels"], values["pixel_type"])
+    _check_fit(values, tokenizer)
+    mean, std = _statistics(values, source, fmt)
+    values.setdefault("mean", mean)
+    values.setdefault("std", std)
+    _check_statistics(values)
+    values.setdefault("warmup_epochs", WARMUP_SHARE * _epochs(values, found.count))
+    values["micro_batch"] = values.get("micro_batch", 1)
+    settled = Settled(PretrainOptions(**values), source, hardware, tokenizer)
+    _check_parts(settled)
+    if "micro_batch" not in asked:
+        choices["micro_batch"] = _micro_batch(settled)
+        settled.options = PretrainOptions(**values | {"micro_batch": choices["micro_batch"].value})
+    settled.notes = _notes(found, choices, settled.options)
+    return settled
+
+
+def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """`upper` over `lower`; what is given higher up also beats its rivals: steps and epochs, statistics and numbers."""
+    if "epochs" in upper and "max_steps" in upper and upper["epochs"] is not None and upper["max_steps"] is not None:
+        raise UserError("--epochs and --max-steps are both given; give one")
+    beaten = {"epochs": {"max_steps"}, "max_steps": {"epochs"}, "statistics": {"mean", "std"}}
+    rivals = {rival for name, names in beaten.items() if upper.get(name) is not None for rival in names}
+    return {key: value for key, value in lower.items() if key not in rivals} | dict(upper)
+
+
+def _recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise UserError(f"--method is {name!r}; `lomar recipes` lists what there is{suggestion(name, list(RECIPES))}")
+    return RECIPES[name]
+
+
+def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
+    """The run in --out; options that do not change results may be given anew.
+
+    Raises:
+        UserError: there is no run, its files are not whole, or another result is asked for.
+    """
+    if asked.get("overwrite"):
+        raise UserError("--resume and --overwrite are both given; give one")
+    file = run / CONFIG_FILE
+    if not file.exists():
+        raise UserError(f"--out {run} holds no run to resume: there is no {CONFIG_FILE} in it")
+    stored = read_config(str(file), PretrainOptions)
+    fields = fields_of(PretrainOptions)
+    for name, value in asked.items():
+        if fields[name].metadata["results"] and stored.get(name) != value:
+            raise UserError(
+                f"{flag(name)} is {value!r}, but the run in {run} has {stored.get(name)!r}; "
+                "a resumed run keeps what changes its results"
+            )
+    values = stored | dict(asked)
+    missing = [name for name, field in fields.items() if field.default is MISSING and name not in values]
+    if missing:
+        raise UserError(f"{file} is not complete: it lacks {', '.join(missing)}")
+    options = PretrainOptions(**values)
+    if options.model == "auto" or (options.epochs is None) == (options.max_steps is None):
+        raise UserError(f"{file} is not what a run writes: it must settle model, and one of epochs and max_steps")
+    _recipe(options.method)
+    _check_target(options.target)
+    tokenizer = load_tokenizer(run / TOKENIZER_FILE) if options.target == "tokens" else None
+    _check_fit(asdict(options), tokenizer)
+    _check_statistics(asdict(options))
+    hardware = find_hardware(options.device, process_count())
+    settled = Settled(options, open_source(options.data), hardware, tokenizer)
+    _check_parts(settled)
+    return settled
+
+
+def holds_run(run: Path) -> bool:
+    """Whether a folder holds a run, or what is left of one."""
+    return any((run / name).exists() for name in (CONFIG_FILE, "metrics.jsonl", "checkpoints"))
+
+
+def _size(model: str) -> tuple[int, int, int]:
+    try:
+        return size_of(model)
+    except ValueError as error:
+        raise UserError(f"--model {error}{suggestion(model, list(SIZES))}") from None
+
+
+def _check_target(name: str) -> None:
+    if name not in TARGETS:
+        raise UserError(f"--target is {name!r}; it can be {', '.join(TARGETS)}{suggestion(name, list(TARGETS))}")
+
+
+def _tokenizer(values: Mapping[str, Any]) -> DiscreteVAE | None:
+    _check_target(values["target"])
+    if values["target"] != "tokens":
+        if "tokenizer" in values:
+            raise UserError(f"--tokenizer is for --target tokens; this run predicts {values['target']}")
+        return None
+    if "tokenizer" not in values:
+        raise UserError(
+            "--tokenizer is missing: visual tokens need one; "
+            "`lomar tokenizer train --data DIR --out FILE` makes it from your images"
+        )
+    return load_tokenizer(values["tokenizer"])
+
+
+def _check_fit(values: Mapping[str, Any], tokenizer: DiscreteVAE | None) -> None:
+    """Refuse options that do not go together, naming both."""
+    image, patch = values["image_size"], values["patch_size"]
+    if image % patch:
+        nearest = max(patch, round(image / patch) * patch)
+        raise UserError(f"--image-size {image} is not a multiple of --patch-size {patch}; {nearest} would be")
+    if patch**2 * values["channels"] < 2:
+        raise UserError("--patch-size 1 with 1 channel leaves one number a patch, which cannot be normalised; take 2")
+    grid = image // patch
+    _check_views(values, grid)
+    width, depth, _ = _size(values["model"])
+    if values["mask_layer"] >= depth:
+        raise UserError(
+            f"--mask-layer is {values['mask_layer']}; --model {values['model']} has blocks 0 to {depth - 1}"
+        )
+    decodes = values["architecture"] == "encoder-decoder"
+    if values["mask"] == "blockwise" and (decodes or values["mask_layer"]):
+        other = "--architecture encoder-decoder" if decodes else f"--mask-layer {values['mask_layer']}"
+        raise UserError(
+            f"--mask blockwise hides more in one view than in another, which {other} cannot have; take --mask uniform"
+        )
+    if decodes and values["mask_layer"]:
+        raise UserError(f"--mask-layer {values['mask_layer']} is for --architecture masked-encoder")
+    if decodes and values["decoder_width"] % values["decoder_heads"]:
+        raise UserError(
+            f"--decoder-width {values['decoder_width']} is not a multiple of --decoder-heads {values['decoder_heads']}"
+        )
+    if values["position"] == "sincos":
+        for name, of in [("model", width)] + [("decoder_width", values["decoder_width"])] * decodes:
+            if of % 4:
+                raise UserError(f"--position sincos needs widths that 4 divides; {flag(name)} is {values[name]}")
+    if tokenizer:
+        _check_tokenizer(tokenizer, values["channels"], values["pixel_type"])
+    low, high = values["crop_scale"]
+    if low > high:
+        raise UserError(f"--crop-scale is {low} {high}; the smaller share comes first")
+    if values["batch_size"] < process_count():
+        raise UserError(f"--batch-size {values['batch_size']} is smaller than the {process_count()} processes")
+
+
+def _check_tokenizer(tokenizer: DiscreteVAE, channels: int, pixel_type: str) -> None:
+    if len(tokenizer.high) != channels:
+        raise UserError(f"--tokenizer was made for images of {len(tokenizer.high)} channels; these have {channels}")
+    brightest = tokenizer.high.max().item()
+    fits = {"uint8": 1 < brightest <= 255, "uint16": 255 < brightest <= 65_535, "float32": True}
+    if not fits[pixel_type]:
+        raise UserError(
+            f"--tokenizer was made for pixels of up to {brightest:g}; these are read as {pixel_type}, "
+            "see --pixel-type, or train a tokenizer on these images"
+        )
+
+
+def _check_views(values: Mapping[str, Any], grid: int) -> None:
+    window = values["window_size"]
+    if window > grid:
+        raise UserError(
+            f"--window-size {window} is larger than the {grid}x{grid} grid of patches "
+            f"(--image-size {values['image_size']} / --patch-size {values['patch_size']}); it can be at most {grid}"
+        )
+    if not window and values["views"] != 1:
+        raise UserError(f"--views is {values['views']}; with --window-size 0 the whole image is the one view")
+    patches = (window or grid) ** 2
+    ratio = values["mask_ratio"]
+    hidden = patches - int(patches * (1 - ratio)) if values["mask"] == "uniform-kept" else int(patches * ratio)
+    if not 0 < hidden < patches:
+        raise UserError(
+            f"--mask-ratio {ratio} hides {hidden} of the {patches} patches of a {'window' if window else 'view'}; "
+            "it must hide some and leave some"
+        )
+    if window and values["window_layout"] == "released" and values["views"] > grid - window + 1:
+        raise UserError(
+            f"--views is {values['views']}; with --window-layout released a {grid}x{grid} grid "
+            f"has at most {grid - window + 1} windows of side {window}"
+        )
+
+
+def _check_parts(settled: Settled) -> None:
+    """Put the method together without its memory: what the checks before do not know, the parts themselves refuse."""
+    try:
+        with torch.device("meta"):
+            settled.composition.build()
+    except ValueError as error:
+        raise UserError(f"these options do not make a method: {error}") from None
+
+
+def _check_statistics(values: Mapping[str, Any]) -> None:
+    for name in ("mean", "std"):
+        if len(values[name]) != values["channels"]:
+            raise UserError(
+                f"{flag(name)} has {len(values[name])} numbers; the images have {values['channels']} channels"
+            )
+
+
+def _statistics(
+    values: Mapping[str, Any], source: ImageSource, fmt: PixelFormat
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if "mean" in values and "std" in values:
+        return values["mean"], values["std"]
+    if values["statistics"] == "imagenet":
+        if fmt.channels != 3:
+            raise UserError(f"--statistics imagenet is for 3 channels; the images have {fmt.channels}")
+        return IMAGENET_MEAN, IMAGENET_STD
+    mean, std = channel_statistics(source, fmt, size_px=values["image_size"])
+    return tuple(round(m, 6) for m in mean), tuple(round(s, 6) for s in std)
+
+
+def _epochs(values: Mapping[str, Any], count: int) -> float:
+    return values["epochs"] if values.get("epochs") else values["max_steps"] * values["batch_size"] / count
+
+
+def _micro_batch(settled: Settled) -> Choice:
+    """Measured: what one image keeps for the backward pass, from the difference of two images and one."""
+    options, method = settled.options, settled.build()
+    sides = [patches * options.patch_size for patches in method.views.size]
+    inputs = method.draw(options.seed)(SampleKey(0, 0, 0, 0))
+    inputs["pixels"] = torch.zeros((method.views.count, options.channels, *sides), dtype=torch.uint8)
+    if settled.tokenised_px:
+        inputs["tokenised"] = torch.zeros(options.channels, settled.tokenised_px, settled.tokenised_px)
+
+    def kept(images: int) -> int:
+        batch = {name: t.expand(images, *t.shape) for name, t in inputs.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
+            return saved_bytes(partial(method, **batch))
+
+    weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    share = -(-options.batch_size // process_count())
+    # Weight, gradient and two moments in float32.
+    return micro_batch(kept(2) - kept(1), 16 * weights, share, settled.hardware)
+
+
+def _notes(found: Survey, choices: Mapping[str, Choice], options: PretrainOptions) -> list[str]:
+    """What the user should know before it starts."""
+    notes = [f"{found.count} images, shorter side {found.median_short_side_px} px (median of {found.probed} read)"]
+    if found.unreadable:
+        name, reason = found.unreadable[0]
+        notes.append(
+            f"{len(found.unreadable)} of them cannot be read and will be skipped, for example {name}: {reason}"
+        )
+    if found.smallest_short_side_px < options.image_size:
+        notes.append(
+            f"warning: the smallest image's shorter side is {found.smallest_short_side_px} px; "
+            f"it will be enlarged to --image-size {options.image_size}"
+        )
+    chosen = {name: choice for name, choice in choices.items() if choice.value is not None and choice.reason}
+    if chosen:
+        notes.append("chosen for you (give the option to decide yourself):")
+        notes += [f"  {flag(name):<14} {choice.value!s:<10} {choice.reason}" for name, choice in chosen.items()]
+    return notes

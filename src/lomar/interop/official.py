@@ -1,0 +1,468 @@
+"""The files that LoMaR, MAE and BEiT released: recognised by their keys, read into our modules, and written again.
+
+No table of sizes: every dimension is read off a tensor. Nothing but tensors and plain values is unpickled.
+"""
+
+import argparse
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lomar.errors import UserError
+from lomar.methods.architectures import EncoderDecoder
+from lomar.methods.composition import Composition
+from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES, compose
+from lomar.methods.reconstruction import MaskedReconstruction
+from lomar.methods.targets import VisualTokens
+from lomar.model import Encoder
+from lomar.model.positions import RelativeBias, grid_coordinates, relative_index, sincos_table
+
+SUFFIXES = {".pth", ".pt", ".bin", ".pkl", ".ckpt", ".tar"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One project's files.
+
+    Args:
+        name: of the project.
+        recipe: our name of its pretraining.
+        mark: part of a key that tells its files from the others'.
+        predictor: its name of the last layer in pretraining.
+        positions: kinds of position its encoders have, in our words.
+    """
+
+    name: str
+    recipe: str
+    mark: str
+    predictor: str
+    positions: tuple[str, ...]
+
+
+LOMAR = Family("LoMaR", "lomar", "rpe_k.lookup_table_weight", "encoder_pred", ("contextual",))
+MAE = Family("MAE", "mae", "pos_embed", "decoder_pred", ("sincos",))
+BEIT = Family("BEiT", "beit", "relative_position_bias_table", "lm_head", ("shared-bias", "block-bias"))
+FAMILIES = (LOMAR, MAE, BEIT)
+
+# Parts of names in an encoder: ours, theirs. The first that occurs counts.
+_PARTS = (
+    ("attn.rpe.table", "attn.rpe_k.lookup_table_weight"),
+    ("attn.rel_pos_bias.table", "attn.relative_position_bias_table"),
+    ("rel_pos_bias.table", "rel_pos_bias.relative_position_bias_table"),
+    (".ls1.gamma", ".gamma_1"),
+    (".ls2.gamma", ".gamma_2"),
+)
+# Beginnings of names in a whole method, beside the predictor's: ours, theirs.
+_BEGINNINGS = (
+    ("architecture.encoder.", ""),
+    ("architecture.mask_token", "mask_token"),
+    ("architecture.decoder_embed.", "decoder_embed."),
+    ("architecture.decoder.pos_embed", "decoder_pos_embed"),
+    ("architecture.decoder.blocks.", "decoder_blocks."),
+    ("architecture.decoder.norm.", "decoder_norm."),
+)
+# What checkpoints hold beside tensors: the options of their run, and numbers of NumPy before and since its version 2.
+_SCALAR = np.float64(0).__reduce__()[0]
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+
+
+@dataclass(frozen=True)
+class Official:
+    """What a released file became.
+
+    Args:
+        kind: what it is, in words.
+        encoder: with its classifier, where it was fine-tuned.
+        method: the whole of pretraining, whose encoder is `encoder`; None where the file holds an encoder alone.
+        composition: the method's, or what its encoder would have been pretrained by.
+        dropped: names of what else the file holds.
+        notes: what the file does not tell, and what was assumed.
+    """
+
+    kind: str
+    encoder: Encoder
+    method: MaskedReconstruction | None
+    composition: Composition
+    dropped: list[str]
+    notes: list[str]
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether `path` is what `torch.save` writes, by its ending or else its first bytes."""
+    if path.suffix in SUFFIXES or path.suffix == ".safetensors" or not path.is_file():
+        return path.suffix in SUFFIXES
+    with path.open("rb") as file:
+        return file.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+
+
+def read_official(
+    path: str | Path, heads: int | None = None, decoder_heads: int | None = None, target: str | None = None
+) -> Official:
+    """A released checkpoint, or one of the released code's runs, as our modules in float32.
+
+    Args:
+        path: the file.
+        heads: attention heads; MAE's tensors do not tell, and others than the released ones must be given.
+        decoder_heads: likewise, of MAE's decoder.
+        target: "normalised-pixels" or "pixels", what LoMaR or MAE predicted, if the file does not say.
+
+    Raises:
+        UserError: the file is damaged, holds more than tensors and plain values, or is no whole checkpoint of LoMaR,
+            MAE or BEiT; the line names the key that decides.
+    """
+    file = _recognise(Path(path))
+    composition = file.composition(heads, decoder_heads, target)
+    try:
+        method = composition.build() if file.whole else None
+        encoder = composition.encoder() if method is None else method.architecture.encoder
+    except ValueError as error:
+        file.fail(f"its sizes do not fit together: {error}")
+    if file.classes:
+        encoder.reset_classifier(file.classes, "token" if "norm.weight" in file.state else "avg")
+    module = encoder if method is None else method
+    file.fill(module)
+    module.eval()
+    dropped = [*filter(file.is_derived, file.state), *file.others]
+    return Official(file.kind, encoder, method, composition, dropped, file.notes)
+
+
+def official_state(module: Encoder | MaskedReconstruction) -> dict[str, Tensor]:
+    """Weights under the names that the released code reads: the inverse of `read_official`.
+
+    A method that is not wholly its family's (LoMaR and MAE predict pixels, BEiT tokens; MAE has a decoder) gives its
+    encoder alone, which is all that fine-tuning takes.
+
+    Raises:
+        UserError: no released code has such an encoder.
+    """
+    encoder = module if isinstance(module, Encoder) else module.architecture.encoder
+    family = family_of(encoder)
+    whole = isinstance(module, MaskedReconstruction) and (
+        isinstance(module.architecture, EncoderDecoder) == (family is MAE)
+        and isinstance(module.target, VisualTokens) == (family is BEIT)
+    )
+    ours = (module if whole else encoder).state_dict()
+    state = {_released_name(name, family, whole): tensor for name, tensor in ours.items()}
+    if family is LOMAR:
+        state = {name: tensor[None] if LOMAR.mark in name else tensor for name, tensor in state.items()}
+        if not encoder.num_classes and encoder.embed_dim % 4 == 0:
+            state["pos_embed"] = sincos_table(encoder.grid, encoder.embed_dim)  # never read, but its place is kept
+    for name, part in encoder.named_modules():
+        if isinstance(part, RelativeBias):
+            table = _released_name(f"{name}.table", family, whole=False)
+            index = relative_index(grid_coordinates(*part.grid)[None], part.grid)[0]
+            state[table.replace("bias_table", "index")] = index
+    return state
+
+
+def family_of(encoder: Encoder) -> Family:
+    """Whose code has such an encoder.
+
+    Raises:
+        UserError: nobody's.
+    """
+    made = encoder.architecture
+    family = next((family for family in FAMILIES if made["position"] in family.positions), None)
+    if family is None:
+        raise UserError(f"no released code has position {made['position']!r}; LoMaR, MAE and BEiT have others")
+    if made["key_bias"] != (family is not BEIT) or (made["init_values"] and family is not BEIT):
+        raise UserError(
+            f"{family.name}'s code has {made['position']} position in a transformer that "
+            f"{'has no key bias' if family is BEIT else 'has a key bias and no layer scale'}, unlike this one"
+        )
+    if encoder.grid[0] != encoder.grid[1]:
+        raise UserError(f"the released code takes square images alone, not {'x'.join(map(str, encoder.grid))} patches")
+    return family
+
+
+def _released_name(name: str, family: Family, whole: bool) -> str:
+    """Our name of a tensor -> theirs.
+
+    Args:
+        name: in a state dict of ours.
+        family: whose name is wanted.
+        whole: whether the state dict is a method's, or an encoder's.
+    """
+    beginnings = (("head.", f"{family.predictor}."), *_BEGINNINGS) if whole else ()
+    ours, theirs = next((pair for pair in beginnings if name.startswith(pair[0])), ("", ""))
+    name = theirs + name.removeprefix(ours)
+    ours, theirs = next((pair for pair in _PARTS if pair[0] in name), ("", ""))
+    return name.replace(ours, theirs) if ours else name
+
+
+@dataclass
+class _File:
+    """A checkpoint whose family is known.
+
+    Args:
+        path: where it is.
+        family: whose it is.
+        state: name -> tensor.
+        others: names of what else it holds.
+        arguments: options of the run that wrote it, where they are there.
+        notes: what had to be assumed, filled on the way.
+    """
+
+    path: Path
+    family: Family
+    state: dict[str, Tensor]
+    others: list[str]
+    arguments: Mapping[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it holds all of pretraining."""
+        return "mask_token" in self.state or f"{self.family.predictor}.weight" in self.state
+
+    @property
+    def classes(self) -> int:
+        """Outputs of its classifier, or 0."""
+        return self.shape("head.weight", 2)[0] if "head.weight" in self.state else 0
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        stage = "pretrained" if self.whole else "fine-tuned" if "head.weight" in self.state else "an encoder alone"
+        return f"{self.family.name}, {stage}"
+
+    def fail(self, text: str) -> NoReturn:
+        """Refuse the file."""
+        raise UserError(f"{self.path} looks like {self.kind}, but {text}")
+
+    def is_derived(self, name: str) -> bool:
+        """Whether nothing is lost without a tensor: indices follow from the grid, LoMaR's positions are never read."""
+        return name.endswith("relative_position_index") or (self.family is LOMAR and name == "pos_embed")
+
+    def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """Of a tensor that must be there."""
+        if name not in self.state:
+            self.fail(f"it has no {name}")
+        shape = tuple(self.state[name].shape)
+        if len(shape) != dimensions or 0 in shape:
+            self.fail(f"its {name} has shape {shape}")
+        return shape
+
+    def composition(self, heads: int | None, decoder_heads: int | None, target: str | None) -> Composition:
+        """The method that the tensors were, or would have been, pretrained by; drop path is no part of weights."""
+        recipe = RECIPES[self.family.recipe]
+        width, channels, patch, _ = self.shape("patch_embed.proj.weight", 4)
+        depth = self._depth("blocks")
+        grid, heads = {LOMAR: self._lomar, MAE: self._mae, BEIT: self._beit}[self.family](width, patch, heads)
+        hidden = self.shape("blocks.0.mlp.fc1.weight", 2)[0]
+        ratio = hidden / width
+        values = {
+            **recipe.options,
+            **recipe.full,
+            "method": self.family.recipe,
+            "model": f"{width}x{depth}x{heads}",
+            "mlp_ratio": ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
+            "image_size": grid * patch,
+            "patch_size": patch,
+            "drop_path": 0.0,
+            "layer_scale": 0.1 if "blocks.0.gamma_1" in self.state else 0.0,  # a start that no longer matters
+            **self._statistics(channels),
+        }
+        if f"blocks.0.attn.{BEIT.mark}" in self.state:
+            values["position"] = "block-bias"
+        if decoder_heads and not (self.whole and self.family is MAE):
+            self.fail("it has no decoder, so --decoder-heads means nothing")
+        if target and (not self.whole or self.family is BEIT):
+            self.fail("it does not predict pixels, so --target means nothing")
+        vocab = 0
+        if self.whole:
+            values |= self._asked(grid, target)
+            if self.family is MAE:
+                decoder_width = self.shape("decoder_embed.weight", 2)[0]
+                values["decoder_width"], values["decoder_depth"] = decoder_width, self._depth("decoder_blocks")
+                values["decoder_heads"] = self._assumed_heads(decoder_width, 32, decoder_heads, "--decoder-heads")
+            if self.family is BEIT:
+                vocab = self.shape("lm_head.weight", 2)[0]
+        try:
+            return compose(values, vocab, scale=255.0)
+        except ValueError as error:
+            self.fail(f"its sizes do not fit together: {error}")
+
+    def fill(self, module: Encoder | MaskedReconstruction) -> None:
+        """Copy all tensors into a module of the same shape."""
+        own = module.state_dict()
+        wanted = {_released_name(name, self.family, self.whole): name for name in own}
+        given = {name: tensor for name, tensor in self.state.items() if not self.is_derived(name)}
+        problems = [f"it has no {name}" for name in wanted if name not in given]
+        problems += [f"{name} does not belong to it" for name in given if name not in wanted]
+        tensors = {}
+        for name in [name for name in wanted if name in given]:
+            ours, shape = wanted[name], tuple(own[wanted[name]].shape)
+            shape = (1, *shape) if LOMAR.mark in name else shape
+            if given[name].shape == shape:
+                tensors[ours] = given[name].reshape(own[ours].shape)
+            else:
+                problems.append(f"its {name} has shape {tuple(given[name].shape)}, with {shape} expected")
+        if problems:
+            self.fail(problems[0] + (f", and {len(problems) - 1} more do not fit" if problems[1:] else ""))
+        module.load_state_dict(tensors)
+
+    def _lomar(self, width: int, patch: int, heads: int | None) -> tuple[int, int]:
+        """Side of the grid, in patches, and heads."""
+        name = f"blocks.0.attn.{LOMAR.mark}"
+        head_width = self.shape(name, 3)[1]
+        if width % head_width:
+            self.fail(f"its {name} is for heads of width {head_width}, which does not divide {width}")
+        self._check_heads(name, width // head_width, heads)
+        if "pos_embed" in self.state:
+            return self._side("pos_embed", self.shape("pos_embed", 3)[1] - 1), width // head_width
+        grid = 224 // patch if 224 % patch == 0 else 14
+        self.notes.append(f"its image size is not in the file: {grid * patch} px are assumed, any other works too")
+        return grid, width // head_width
+
+    def _mae(self, width: int, patch: int, heads: int | None) -> tuple[int, int]:
+        """Side of the grid, in patches, and heads; the huge model's are 80 wide, all others' 64."""
+        grid = self._side("pos_embed", self.shape("pos_embed", 3)[1] - 1)
+        return grid, self._assumed_heads(width, 80 if width == 1280 else 64, heads, "--heads")
+
+    def _beit(self, width: int, patch: int, heads: int | None) -> tuple[int, int]:
+        """Side of the grid, in patches, and heads."""
+        name = next(name for name in self.state if name.endswith(BEIT.mark))
+        rows, found = self.shape(name, 2)
+        side = self._side(name, rows - 3)
+        if side % 2 == 0:
+            self.fail(f"its {name} has {rows} rows, which is (2 n - 1)^2 + 3 for no grid of n x n patches")
+        self._check_heads(name, found, heads)
+        return (side + 1) // 2, found
+
+    def _assumed_heads(self, width: int, head_width: int, given: int | None, option: str) -> int:
+        if not given:
+            if width % head_width:
+                self.fail(f"its heads cannot be told from its tensors; `lomar convert {option} N` takes them")
+            given = width // head_width
+            self.notes.append(f"{given} heads of width {head_width} are assumed, as released; {option} says otherwise")
+        if width % given:
+            self.fail(f"{option} {given} does not divide its width of {width}")
+        return given
+
+    def _check_heads(self, name: str, found: int, given: int | None) -> None:
+        if given and given != found:
+            self.fail(f"its {name} is for {found} heads, not {given}")
+
+    def _depth(self, prefix: str) -> int:
+        """Number of blocks, which must be 0, 1, 2, ..."""
+        numbers = {int(m[1]) for name in self.state if (m := re.match(rf"{prefix}\.(\d+)\.", name))}
+        if not numbers or numbers != set(range(len(numbers))):
+            missing = next(i for i in range(len(numbers) + 1) if i not in numbers)
+            self.fail(f"it has no {prefix}.{missing}")
+        return len(numbers)
+
+    def _side(self, name: str, places: int) -> int:
+        """Side of a square of so many places."""
+        side = math.isqrt(max(0, places))
+        if not side or side**2 != places:
+            self.fail(f"its {name} has {places} places, which are no square")
+        return side
+
+    def _statistics(self, channels: int) -> dict[str, tuple[float, ...]]:
+        """Mean and deviation of the pixels it was trained with."""
+        half = {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+        if channels != 3:
+            self.notes.append(f"mean and deviation of its {channels} channels are not in the file: 0.5 is assumed")
+            return half
+        if self.family is BEIT:
+            of_imagenet = self.arguments.get("imagenet_default_mean_and_std")
+            if of_imagenet is False:
+                return half
+            if of_imagenet is None:
+                self.notes.append("mean and deviation are not in the file: ImageNet's are assumed, not 0.5")
+        return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+    def _asked(self, grid: int, target: str | None) -> dict[str, Any]:
+        """What its run was asked to do, where pixels are predicted; the rest is as in the released command."""
+        if self.family is BEIT:
+            return {}
+        options: dict[str, tuple[str, type]] = {"mask_ratio": ("mask_ratio", float)}
+        if self.family is LOMAR:
+            options |= {"window_size": ("window_size", int), "num_window": ("views", int)}
+        values = {
+            ours: self.arguments[theirs]
+            for theirs, (ours, kind) in options.items()
+            if type(self.arguments.get(theirs)) is kind
+        }
+        if self.family is LOMAR:
+            values["window_size"] = min(grid, values.get("window_size", 7))
+        if not target:
+            normalised = self.arguments.get("norm_pix_loss")
+            target = "pixels" if normalised is False else "normalised-pixels"
+            if normalised is None:
+                self.notes.append(
+                    "that it predicts normalised pixels is assumed, not in the file; --target says otherwise"
+                )
+        return values | {"target": target}
+
+
+def _recognise(path: Path) -> _File:
+    """Whose file it is.
+
+    Raises:
+        UserError: nobody's, or more than one project's.
+    """
+    state, others, arguments = _open(path)
+    marks = {family: name for family in FAMILIES for name in reversed(state) if family.mark in name}
+    if len(marks) > 1:
+        marks.pop(MAE, None)  # LoMaR has positions too, and never reads them
+    if not marks:
+        raise UserError(
+            f"{path} is no checkpoint of LoMaR, MAE or BEiT: of its {len(state)} tensors (the first is "
+            f"{next(iter(state))}) none is called {', '.join(family.mark for family in FAMILIES)}"
+        )
+    family, mark = next(iter(marks.items()))
+    ends = {name for name in (*(f"{f.predictor}.weight" for f in FAMILIES), "head.weight") if name in state}
+    foreign = [*list(marks.values())[1:], *(ends - {f"{family.predictor}.weight", "head.weight"})]
+    if foreign:
+        raise UserError(f"{path} mixes the weights of two models: {mark} is {family.name}'s, {foreign[0]} is not")
+    if len(ends) > 1:
+        raise UserError(f"{path} is neither a pretrained nor a fine-tuned model: it has {' and '.join(sorted(ends))}")
+    return _File(path, family, state, others, arguments)
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
+    """A checkpoint's tensors by name, the names of what else it holds, and the options of its run if it has them.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or would have to run code to be read.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
+            warnings.simplefilter("ignore")  # of torch's, about files that it then refuses
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file leads the unpickler to
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} holds {found[1]}, a Python object that could run code, and is not read; where you trust it, "
+                "save its tensors alone: torch.save({'model': state_dict}, FILE)"
+            ) from None
+        raise UserError(f"{path} is no whole checkpoint of PyTorch: cut short, damaged or something else") from error
+    holder = loaded if isinstance(loaded, dict) else {}
+    key = next((key for key in ("model", "module") if isinstance(holder.get(key), dict)), None)
+    state = holder[key] if key else holder
+    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise UserError(f"{path} holds no weights: tensors by name, at its top or under 'model' or 'module'")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if any(name.startswith("architecture.") for name in state):
+        raise UserError(f"{path} is a checkpoint of lomar itself; give the folder of its run")
+    arguments = holder.get("args") if key else None
+    others = [str(name) for name in holder if name != key] if key else []
+    return state, others, vars(arguments) if isinstance(arguments, argparse.Namespace) else {}

@@ -1,0 +1,162 @@
+"""All that rebuilds a method: plain values, and the parts they name."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lomar.methods.architectures import Architecture, EncoderDecoder, MaskedEncoder, Stage
+from lomar.methods.masks import BlockwiseMask, KeptMask, UniformMask
+from lomar.methods.reconstruction import MaskedReconstruction
+from lomar.methods.targets import TARGETS
+from lomar.methods.views import LocalWindows, ReleasedWindows, WholeImage
+from lomar.model import Encoder
+from lomar.model.positions import Grid
+
+
+@dataclass(frozen=True)
+class Composition:
+    """One choice for each part of masked reconstruction; saved beside the weights.
+
+    Args:
+        method: the recipe it came from.
+        embed_dim, depth, num_heads, mlp_ratio: of the encoder.
+        image_size: crop side, in pixels.
+        patch_size: patch side P, in pixels.
+        window_size: window side K, in patches; 0 is the whole image.
+        views: windows per image V.
+        window_layout: "independent" or "released".
+        batch_size: global batch size (the released layout depends on it).
+        mask: "uniform", "uniform-kept" or "blockwise".
+        mask_ratio: share of a view's patches that are hidden.
+        mask_min_block: smallest block of a blockwise mask, in patches.
+        architecture: "masked-encoder" or "encoder-decoder".
+        mask_layer: block before which mask tokens enter a masked encoder.
+        decoder_width, decoder_depth, decoder_heads: of an encoder-decoder.
+        position: one of `lomar.model.transformer.POSITIONS`.
+        transformer: "vit", or "beit": no key bias, and BEiT's initialisation.
+        layer_scale: initial value of layer scale; 0 for none.
+        drop_path: probability of skipping the last block's branches.
+        target: a name in `lomar.methods.targets.TARGETS`.
+        vocab: size of the tokenizer's codebook; 0 where the target is no tokens.
+        mean, std: per channel, in units of 0 to 1.
+        scale: pixel value that stands for 1.
+    """
+
+    method: str
+    embed_dim: int
+    depth: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    window_size: int
+    views: int
+    window_layout: str
+    batch_size: int
+    mask: str
+    mask_ratio: float
+    mask_min_block: int
+    architecture: str
+    mask_layer: int
+    decoder_width: int
+    decoder_depth: int
+    decoder_heads: int
+    position: str
+    transformer: str
+    layer_scale: float
+    drop_path: float
+    target: str
+    vocab: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float
+    mlp_ratio: float = 4.0
+
+    @property
+    def grid(self) -> Grid:
+        """(rows, columns) of a crop, in patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    def build(self) -> MaskedReconstruction:
+        """The method with fresh weights; visual tokens still need their tokenizer.
+
+        Raises:
+            ValueError: the parts do not fit together.
+        """
+        views = self._views()
+        return MaskedReconstruction(
+            views,
+            self._mask(views.size),
+            self._architecture(views.size),
+            TARGETS[self.target](self.vocab),
+            self.patch_size,
+            self.mean,
+            self.std,
+            self.scale,
+        )
+
+    def encoder(self) -> Encoder:
+        """A fresh encoder without classifier."""
+        return self._encoder(self._views().size)
+
+    def with_mask_ratio(self, method: MaskedReconstruction, ratio: float) -> MaskedReconstruction:
+        """The method's weights under a mask of the same kind with another ratio.
+
+        Raises:
+            ValueError: it would hide nothing, or all.
+        """
+        return method.with_mask(self._mask(method.views.size, ratio))
+
+    def stages(self) -> list[Stage]:
+        """The tokens of an image, all views and the cls token of each counted, through the blocks."""
+        method = self.build()
+        return [stage._replace(tokens=stage.tokens * method.views.count) for stage in method.stages()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Composition":
+        """The inverse of `to_dict`."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+    def _views(self) -> LocalWindows:
+        if not self.window_size:
+            return WholeImage(self.grid)
+        if self.window_layout == "released":
+            return ReleasedWindows(self.grid, self.window_size, self.views, self.batch_size)
+        return LocalWindows(self.grid, self.window_size, self.views)
+
+    def _mask(self, size: Grid, ratio: float | None = None) -> UniformMask | BlockwiseMask:
+        ratio = ratio or self.mask_ratio
+        if self.mask == "blockwise":
+            return BlockwiseMask(size, ratio, self.mask_min_block)
+        return {"uniform": UniformMask, "uniform-kept": KeptMask}[self.mask](size[0] * size[1], ratio)
+
+    def _architecture(self, size: Grid) -> Architecture:
+        encoder = self._encoder(size)
+        if self.architecture == "masked-encoder":
+            return MaskedEncoder(encoder, self.mask_layer)
+        decoder = self.decoder_width, self.decoder_depth, self.decoder_heads
+        return {"encoder-decoder": EncoderDecoder}[self.architecture](encoder, self.grid, size, *decoder)
+
+    def _encoder(self, size: Grid) -> Encoder:
+        beit = {"vit": False, "beit": True}[self.transformer]
+        return Encoder(
+            self.image_size,
+            self.patch_size,
+            len(self.mean),
+            num_classes=0,
+            embed_dim=self.embed_dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            drop_path_rate=self.drop_path,
+            position=self.position,
+            bias_grid=size,
+            key_bias=not beit,
+            init_values=self.layer_scale or None,
+            weight_init="beit" if beit else "xavier",
+        )
