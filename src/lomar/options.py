@@ -177,7 +177,9 @@ class PretrainOptions:
     )
     min_lr: float = option("learning rate at the end", auto="lomar: 0; beit: 1e-5", low=0, metavar="LR")
     weight_decay: float = option("AdamW's weight decay", auto="0.05", low=0, metavar="WD")
-    betas: tuple[float, float] = option("AdamW's momenta", auto="lomar: 0.9 0.95", low=0, below=1)
+    betas: tuple[float, float] = option(
+        "AdamW's momenta", auto="lomar, mae: 0.9 0.95; beit: 0.9 0.999", low=0, below=1, metavar="BETA1 BETA2"
+    )
     clip_grad: float = option("largest norm of the gradient; 0 leaves it as it is", default=3.0, low=0, metavar="NORM")
     seed: int = option(
         "fixes crops, windows, masks and initial weights", default=0, low=0, high=LARGEST_SEED, metavar="N"
