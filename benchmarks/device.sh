@@ -28,4 +28,17 @@ if [ -f .device/imagenette.zip ]; then
     cp "$out/late/metrics.jsonl" "$out/late-metrics.jsonl"
     cp "$out/late/figures/curves.png" "$out/late-curves.png"
     rm -rf "$out/late"
+
+    # 3. Every method trains there: images a second, and the same loss on a second start (drop path, blocks, tokens).
+    timeout 90 python3 -m lomar tokenizer train --data .device/imagenette/train --out "$out/tokenizer.safetensors" \
+        --max-steps 300 --width 64 --vocab 1024
+    for method in lomar lomar-late mae beit beit-lomar; do
+        given=""
+        case $method in beit*) given="--tokenizer $out/tokenizer.safetensors" ;; esac
+        timeout 60 python3 -m lomar pretrain --data .device/imagenette/train --method "$method" --model base $given \
+            --image-size 112 --patch-size 8 --batch-size 256 --max-steps 20 --out "$out/run-$method" || true
+        cp "$out/run-$method/metrics.jsonl" "$out/$method-metrics.jsonl" || true
+        rm -rf "$out/run-$method"
+    done
+    rm -f "$out/tokenizer.safetensors"
 fi
