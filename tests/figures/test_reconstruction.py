@@ -244,3 +244,15 @@ def test_a_picture_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     with Image.open(path) as there:
         assert there.size == (5, 3) and there.getpixel((4, 2)) == (1, 2, 3)
     assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_whole_images_have_no_column_of_windows() -> None:
+    """As wide as three tiles in place of four, for the same image."""
+    side = 4 * 8
+    original = np.random.default_rng(0).integers(0, 255, (3, side, side), dtype=np.uint8)
+    hidden = np.arange(16) % 2 == 0
+    whole = Panel(original, (0, 0), 8, hidden, original)
+    window = Panel(original, (0, 0), 8, hidden[:9], original[:, :24, :24])
+    assert whole.is_whole and not window.is_whole
+    assert figure7([whole], "").width < figure7([window], "").width
+    assert figure7([whole, window], "").width == figure7([window], "").width

@@ -141,7 +141,7 @@ class Evaluation:
         drawn = panels(self.method, pixels, self.options.seed, tokenised)
         if not drawn:
             return
-        about = f"Step {step}: original, window, masked ({self.options.mask_ratio:.0%} hidden), reconstruction. "
+        about = f"Step {step}, {self.options.mask_ratio:.0%} hidden. "
         picture = figure7(drawn, about + caption(self.method))
         save_png(picture, self.run / "figures" / f"reconstruction-{step:07d}.png")
         save_png(picture, self.run / "figures" / "reconstruction.png")

@@ -35,7 +35,8 @@ def figure7(panels: Sequence[Panel], caption: str) -> Image.Image:
     """One row an image: original, window in its place, masked window, reconstruction; as the paper's Fig. 7 and 9.
 
     Visible patches of the reconstruction are the true ones. Outside the window the image is only hinted at. A window
-    that is a small part of its image is shown enlarged with its surroundings, and outlined in the original.
+    that is a small part of its image is shown enlarged with its surroundings, and outlined in the original. Where all
+    windows are whole images, as in MAE, there is no column of them.
 
     Args:
         panels: one or more; images of different sides are drawn at one size.
@@ -48,6 +49,7 @@ def figure7(panels: Sequence[Panel], caption: str) -> Image.Image:
     if not panels:
         raise ValueError("no panel to draw")
     side = tile_side(max(panel.side_px for panel in panels))
+    whole = all(panel.is_whole for panel in panels)
     rows = []
     for panel in panels:
         image, window, masked, reconstruction = _views(panel)
@@ -56,11 +58,14 @@ def figure7(panels: Sequence[Panel], caption: str) -> Image.Image:
         if panel.is_small:
             outline(original, panel.box(), panel.whole())
         tiles = [original]
-        for pixels in (window, masked, reconstruction):
+        for pixels in (masked, reconstruction) if whole else (window, masked, reconstruction):
             tiles.append(tile(panel.in_place(image, pixels)[region], side))
-            outline(tiles[-1], panel.box(), region)
+            if not whole:
+                outline(tiles[-1], panel.box(), region)
         rows.append(tiles)
-    group = Group("", ("original", "window", "masked", "reconstruction"))
+    group = Group(
+        "", ("original", "masked", "reconstruction") if whole else ("original", "window", "masked", "reconstruction")
+    )
     if any(panel.is_small for panel in panels):
         caption += " The window outlined in the original is shown enlarged, with its surroundings."
     return sheet(rows, [group], full_caption(caption, panels))
@@ -89,7 +94,8 @@ def figure8(rows: Sequence[Sequence[Panel]], ratios: Sequence[float], caption: s
     for row in rows:
         first = row[0]
         original = tile(_views(first)[0], side)
-        outline(original, first.box(), first.whole())
+        if not first.is_whole:
+            outline(original, first.box(), first.whole())
         tiles.append([original])
         for panel in row:
             _, _, masked, reconstruction = _views(panel)

@@ -82,6 +82,11 @@ class Window:
         return self.side * self.patch_px
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the window is the whole image."""
+        return self.side_px == self.window_px
+
+    @property
     def is_small(self) -> bool:
         """Whether the window is too small a part of the image to be looked at in the whole of it."""
         return self.side_px > SURROUNDINGS * self.window_px
