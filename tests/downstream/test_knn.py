@@ -112,3 +112,15 @@ def test_rank_does_not_depend_on_scale_but_does_on_the_mean() -> None:
 def test_rank_refuses_what_is_not_a_matrix(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\(N, D\)"):
         effective_rank(torch.zeros(shape))
+
+
+def test_features_that_are_nearly_alike_are_told_apart_under_autocast() -> None:
+    """As early in MAE, where a large constant part makes all cosines about 0.999: in bfloat16 these are all equal."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 4
+    features = 40 + torch.eye(4)[labels].repeat_interleave(8, dim=1) + 0.1 * torch.randn(200, 32, generator=generator)
+    parts = features[:100], labels[:100], features[100:], labels[100:]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert knn_top1(*parts) == knn_top1(*parts) == 1.0
+        rank = effective_rank(features)
+    assert rank == effective_rank(features)

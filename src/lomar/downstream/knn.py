@@ -1,13 +1,31 @@
 """How good frozen features are, without training anything: weighted k-NN with labels, effective rank without."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+P = ParamSpec("P")
 
 # Similarities held at once, query x bank: 2**25 float32 values are 128 MiB, whatever the size of the bank.
 SIMILARITIES_PER_CHUNK = 2**25
 
 
+def _in_float32(measure: Callable[P, float]) -> Callable[P, float]:
+    """`measure` without autocast: cosines that are all close to 1 would be all alike in bfloat16."""
+
+    @wraps(measure)
+    def measured(*args: P.args, **kwargs: P.kwargs) -> float:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return measure(*args, **kwargs)
+
+    return measured
+
+
+@_in_float32
 def knn_top1(
     bank: Tensor,
     bank_labels: Tensor,
@@ -56,6 +74,7 @@ def knn_top1(
     return hits / len(queries)
 
 
+@_in_float32
 def effective_rank(features: Tensor, epsilon: float = 1e-7) -> float:
     """Effective rank of a feature matrix, from 1 (collapsed) to min(N, D): exp of its singular values' entropy.
 
