@@ -1,10 +1,25 @@
-"""Contextual relative position, by the tables of SPEC.md A.5."""
+"""Positions: LoMaR's contextual buckets (SPEC.md A.5), MAE's sines and cosines (B.3), BEiT's relative bias (C.1, C.6)."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers import resample_abs_pos_embed
+from timm.models.beit import gen_relative_position_index
 
-from lomar.model.positions import CLS_BUCKET, contextual_buckets, grid_coordinates, piecewise_index
+from lomar.model.positions import (
+    CLS_BUCKET,
+    RelativeBias,
+    contextual_buckets,
+    grid_coordinates,
+    piecewise_index,
+    relative_index,
+    resize_absolute,
+    resize_bias,
+    sincos_table,
+)
 
 coordinates = st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=1, max_size=7)
 
@@ -50,3 +65,130 @@ def test_exchanging_query_and_key_mirrors_the_bucket(at: list[tuple[int, int]]) 
 
 def test_grid_coordinates_are_row_and_column_in_raster_order() -> None:
     assert grid_coordinates(2, 3).tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+
+
+# Sines and cosines.
+
+
+def test_sines_and_cosines_of_base_width_are_the_released_ones() -> None:
+    """B.3 (R): columns in the first half of the channels, rows in the second; nothing for cls."""
+    table = sincos_table((14, 14), 768)
+    assert table.shape == (1, 197, 768) and table.dtype == torch.float32
+    assert not table[0, 0].any()
+    right, below = table[0, 1 + 1], table[0, 1 + 14]  # places (0, 1) and (1, 0)
+    assert [round(right[channel].item(), 5) for channel in (0, 192, 384, 576)] == [0.84147, 0.54030, 0.0, 1.0]
+    assert [round(below[channel].item(), 5) for channel in (0, 192, 384, 576)] == [0.0, 1.0, 0.84147, 0.54030]
+
+
+def test_sines_and_cosines_are_those_of_column_and_row_at_falling_frequencies() -> None:
+    """By hand: a grid of 2 x 3 and width 8, with frequencies 1 and 1 / 100."""
+    table = sincos_table((2, 3), 8)[0, 1:].double()
+    for place, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]):
+        expected = [f(at * w) for at in (column, row) for f in (math.sin, math.cos) for w in (1, 0.01)]
+        torch.testing.assert_close(table[place], torch.tensor(expected).double(), rtol=0, atol=1e-7)
+
+
+def test_sines_and_cosines_need_a_width_that_4_divides() -> None:
+    with pytest.raises(ValueError, match="a width that 4 divides, not 18"):
+        sincos_table((2, 3), 18)
+
+
+@pytest.mark.parametrize(("grid", "new"), [((3, 5), (7, 11)), ((7, 11), (5, 3)), ((5, 5), (5, 7))])
+def test_absolute_positions_are_resized_as_timm_does(grid: tuple[int, int], new: tuple[int, int]) -> None:
+    """Bicubic, corners not aligned, without antialiasing, as MAE; cls is kept."""
+    table = torch.randn(1, 1 + grid[0] * grid[1], 12, generator=torch.Generator().manual_seed(0))
+    expected = resample_abs_pos_embed(table, list(new), list(grid), num_prefix_tokens=1, antialias=False)
+    torch.testing.assert_close(resize_absolute(table, grid, new), expected, rtol=0, atol=1e-6)
+    assert resize_absolute(table, grid, grid) is table
+
+
+# Relative bias.
+
+
+def test_the_relative_index_of_14x14_patches_is_the_released_one() -> None:
+    """C.1."""
+    (index,) = relative_index(grid_coordinates(14, 14)[None], (14, 14))
+    assert index.shape == (197, 197) and index.dtype == torch.int64
+    assert (index[1:, 1:].diagonal() == 364).all() and index[1:, 1:].max() == 728 and index[1:, 1:].min() == 0
+    assert (index[0, 1:] == 729).all() and (index[1:, 0] == 730).all() and index[0, 0] == 731
+    assert index.sum() == 14_270_119
+
+
+def test_the_relative_index_of_a_2x3_grid_by_hand() -> None:
+    """Query minus key: rows -1 to 1, columns -2 to 2, five columns to a row; then cls to patch, to cls, cls to cls."""
+    assert relative_index(grid_coordinates(2, 3)[None], (2, 3))[0].tolist() == [
+        [17, 15, 15, 15, 15, 15, 15],
+        [16, 7, 6, 5, 2, 1, 0],
+        [16, 8, 7, 6, 3, 2, 1],
+        [16, 9, 8, 7, 4, 3, 2],
+        [16, 12, 11, 10, 7, 6, 5],
+        [16, 13, 12, 11, 8, 7, 6],
+        [16, 14, 13, 12, 9, 8, 7],
+    ]
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (5, 3), (1, 7)])
+def test_the_relative_index_is_timms(grid: tuple[int, int]) -> None:
+    assert torch.equal(relative_index(grid_coordinates(*grid)[None], grid)[0], gen_relative_position_index(grid))
+
+
+@given(coordinates, st.integers(-100, 100), st.integers(-100, 100))
+def test_shifting_all_coordinates_leaves_the_relative_index(at: list[tuple[int, int]], down: int, right: int) -> None:
+    here = torch.tensor([at])
+    index = relative_index(here, (101, 101))
+    assert torch.equal(index, relative_index(here + torch.tensor([down, right]), (101, 101)))
+    assert index.min() >= 0 and index.max() < 201 * 201 + 3
+
+
+def test_a_window_uses_the_middle_of_a_larger_table_and_a_table_too_small_is_stretched() -> None:
+    """The same differences have the same numbers, whatever grid the table covers, if it covers them."""
+    bias = RelativeBias((5, 7), heads=2)
+    torch.nn.init.normal_(bias.table)
+    window = grid_coordinates(3, 2)[None]
+    small = RelativeBias((3, 2), heads=2)
+    small.table.data = resize_bias(bias.table.data, (5, 7), (3, 2))
+    torch.testing.assert_close(bias(bias.relate(window)), small(small.relate(window)), rtol=0, atol=0)
+    assert torch.equal(bias(bias.relate(window, (3, 2))), bias(bias.relate(window)))
+    larger = grid_coordinates(11, 7)[None]
+    found = bias(bias.relate(larger, (11, 7)))
+    bias.set_grid((11, 7))
+    assert bias.grid == (11, 7) and bias.table.shape == (21 * 13 + 3, 2) and bias.table.requires_grad
+    assert found.shape == (1, 2, 78, 78)
+    assert torch.equal(found, bias(bias.relate(larger)))
+
+
+@pytest.mark.parametrize(("grid", "new"), [((7, 7), (5, 3)), ((7, 5), (7, 2)), ((3, 5), (1, 1))])
+def test_a_smaller_table_of_biases_keeps_its_numbers(grid: tuple[int, int], new: tuple[int, int]) -> None:
+    table = torch.arange(float((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3))[:, None]
+    smaller = resize_bias(table, grid, new)
+    assert smaller.shape == ((2 * new[0] - 1) * (2 * new[1] - 1) + 3, 1)
+    assert torch.equal(smaller[-3:], table[-3:])
+
+    def number(of: torch.Tensor, sides: tuple[int, int], down: int, right: int) -> float:
+        return of[(down + sides[0] - 1) * (2 * sides[1] - 1) + right + sides[1] - 1].item()
+
+    for down in range(1 - new[0], new[0]):
+        for right in range(1 - new[1], new[1]):
+            assert number(smaller, new, down, right) == number(table, grid, down, right)
+
+
+@pytest.mark.parametrize(("grid", "new"), [((3, 5), (7, 11)), ((2, 3), (5, 4)), ((1, 3), (3, 5))])
+def test_a_larger_table_of_biases_keeps_the_ends_the_middle_and_the_order(
+    grid: tuple[int, int], new: tuple[int, int]
+) -> None:
+    """Geometric places begin with distance 1, and the farthest old number goes to the farthest new place."""
+    rows, columns = (torch.arange(1.0 - side, side) for side in grid)
+    table = torch.cat([(rows[:, None] * 100 + columns).flatten(), torch.tensor([7.0, 8.0, 9.0])])[:, None].double()
+    larger = resize_bias(table, grid, new)
+    assert torch.equal(larger[-3:], table[-3:])
+    wide = larger[:-3, 0].view(2 * new[0] - 1, 2 * new[1] - 1)
+    old = table[:-3, 0].view(2 * grid[0] - 1, 2 * grid[1] - 1)
+    middle = [(side - 1) for side in new]
+    ends = [0, 0]
+    torch.testing.assert_close(wide[tuple(middle)], torch.zeros(()).double(), rtol=0, atol=1e-9)
+    if grid[0] > 1:
+        torch.testing.assert_close(wide[tuple(ends)], old[0, 0], rtol=0, atol=1e-4)
+        assert (wide.diff(dim=0) > 0).all()
+    assert (wide.diff(dim=1) > 0).all()
+    step = wide[middle[0], middle[1] + 1] - wide[tuple(middle)]
+    torch.testing.assert_close(step, torch.ones(()).double(), rtol=0, atol=1e-4)  # distance 1 keeps its number

@@ -1,24 +1,22 @@
 """`lomar tokenizer train`: a folder of images -> a tokenizer of their own, where DALL-E's is missing or no use."""
 
 import math
-import os
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lomar.commands.automatic import Choice, Hardware, find_hardware
+from lomar.commands.automatic import find_hardware
+from lomar.commands.panels import central_crops
+from lomar.commands.tokenizer_settling import Files, SettledTokenizer, files_of, settle, settle_again
 from lomar.data.decode import PixelFormat
-from lomar.data.loader import CropPlan, MicroBatch, SampleKey, centre_crops, pretraining_batches
-from lomar.data.sources import ImageSource, open_source
-from lomar.data.survey import Survey, spread, survey
+from lomar.data.loader import CropPlan, MicroBatch, SampleKey, pretraining_batches
+from lomar.data.survey import spread
 from lomar.errors import TrainingError, UserError
 from lomar.figures.png import save_png
 from lomar.figures.tokens import tokens_figure
@@ -26,14 +24,12 @@ from lomar.interop.tokenizers import save_tokenizer
 from lomar.methods.tokenizer import STRIDE, DiscreteVAE
 from lomar.methods.tokenizer_loss import losses, prepare, temperature, usage_of
 from lomar.methods.views import local_windows
-from lomar.options import TokenizerOptions, fields_of, flag
 from lomar.seeding import seeded
-from lomar.training.checkpoint import load_checkpoint, save_checkpoint
+from lomar.training.checkpoint import save_checkpoint
 from lomar.training.loop import StopRequest, process_count
-from lomar.training.optim import Schedule, decay_groups
+from lomar.training.optim import Schedule, adamw
 from lomar.training.records import Display, Metrics, Row
 
-SUFFIX = ".safetensors"
 CROP_SCALE = (0.2, 1.0)
 WARMUP_SHARE = 0.05  # of the run
 BETAS = (0.9, 0.99)
@@ -49,18 +45,18 @@ def command(given: Mapping[str, Any]) -> int:
     asked = {name: value for name, value in given.items() if value != "auto"}
     if process_count() > 1:
         raise UserError("a tokenizer trains in one process; start it without torchrun")
-    files = _Files(_out(asked))
-    if asked.get("resume"):
-        if files.tokenizer.exists() and not files.partial.exists():
-            Display(1).say(f"{files.tokenizer} is finished")
-            return 0
-        options, source, notes = *_resumed(asked, files), list[str]()
-    else:
-        options, source, notes = _resolved(asked, files)
-    with Display(options.log_every) as display, StopRequest() as stop:
-        for note in notes:
+    files = files_of(asked)
+    resume = bool(asked.get("resume"))
+    if resume and asked.get("overwrite"):
+        raise UserError("--resume and --overwrite are both given; give one")
+    if resume and files.finished:
+        Display(1).say(f"{files.tokenizer} is finished")
+        return 0
+    settled = (settle_again if resume else settle)(asked, files)
+    with Display(settled.options.log_every) as display, StopRequest() as stop:
+        for note in settled.notes:
             display.say(note)
-        training = _Training(options, source, files, display)
+        training = _Training(settled, files, display)
         training.begin()
         if not training.run(stop):
             go_on = f"lomar tokenizer train --out {files.tokenizer} --resume"
@@ -70,163 +66,13 @@ def command(given: Mapping[str, Any]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class _Files:
-    """What is written: the tokenizer, and beside it its metrics, its picture and, until it is done, a checkpoint."""
-
-    tokenizer: Path
-
-    @property
-    def metrics(self) -> Path:
-        return self.tokenizer.with_suffix(".jsonl")
-
-    @property
-    def picture(self) -> Path:
-        return self.tokenizer.with_suffix(".png")
-
-    @property
-    def partial(self) -> Path:
-        return self.tokenizer.with_name(f"{self.tokenizer.name}.partial")
-
-    def all(self) -> tuple[Path, ...]:
-        return self.tokenizer, self.partial, self.metrics, self.picture
-
-
-def _out(asked: Mapping[str, Any]) -> Path:
-    if "out" not in asked:
-        raise UserError(f"--out is missing: the file to write the tokenizer to, ending in {SUFFIX}")
-    out = Path(asked["out"])
-    if out.suffix != SUFFIX:
-        raise UserError(f"--out is {out}; it must end in {SUFFIX}")
-    return out
-
-
-def _resolved(asked: Mapping[str, Any], files: _Files) -> tuple[TokenizerOptions, ImageSource, list[str]]:
-    """Options of a new tokenizer, all settled; its images; and what the user should know."""
-    if "data" not in asked:
-        raise UserError("--data is missing: a folder of images, a .txt file of paths, or 'sample'")
-    there = [path for path in files.all() if path.exists()]
-    if there and not asked.get("overwrite"):
-        begun = "--resume goes on with it, " if files.partial in there else ""
-        raise UserError(f"--out: {there[0]} already exists; {begun}--overwrite deletes it")
-    asked = dict(asked)
-    if asked["data"] != "sample":  # the run may be resumed from another folder
-        asked["data"] = os.path.abspath(asked["data"])  # noqa: PTH100 (links stay as they are)
-    hardware = find_hardware(asked.get("device", "auto"), 1)
-    source = open_source(asked["data"])
-    share = asked.get("max_bad_share", fields_of(TokenizerOptions)["max_bad_share"].default)
-    found = survey(source, max_bad_share=share, channels=asked.get("channels"))
-    choices = choose(asked, found, hardware)
-    values = {name: choice.value for name, choice in choices.items()} | asked
-    if found.format.dtype == "float32" and values["pixel_type"] != "float32":
-        raise UserError(f"--pixel-type is {values['pixel_type']}; images of float32 can be read as float32 alone")
-    fmt = PixelFormat(values["channels"], values["pixel_type"])
-    if "black" not in values or "white" not in values:
-        black, white = _range(source, fmt, values["image_size"])
-        values = {"black": black, "white": white} | values
-    _check_fit(values)
-    notes = [f"{found.count} images, shorter side {found.median_short_side_px} px (median of {found.probed} read)"]
-    if found.unreadable:
-        name, reason = found.unreadable[0]
-        notes.append(f"{len(found.unreadable)} of them cannot be read and will be skipped, such as {name}: {reason}")
-    notes.append("chosen for you (give the option to decide yourself):")
-    notes += [f"  {flag(name):<18} {choice.value!s:<10} {choice.reason}" for name, choice in choices.items()]
-    return TokenizerOptions(**values), source, notes
-
-
-def choose(given: Mapping[str, Any], found: Survey, hw: Hardware) -> dict[str, Choice]:
-    """Name -> choice for each automatic option that is not in `given`.
-
-    Sizes and steps for a processor are such that a usable codebook takes minutes (docs/tokenizer.md); those for a GPU
-    go up to DALL-E's sizes, and have not been tried.
-    """
-    gpu = hw.device == "cuda"
-    small, medium = found.count < 5_000, found.count < 200_000
-    by_count, no_gpu = f"{found.count} images", "no GPU"
-    side = min(112, max(2 * STRIDE, found.median_short_side_px // STRIDE * STRIDE))
-    why_side = (
-        "what BEiT gives its tokenizer" if side == 112 else f"their shorter side is {found.median_short_side_px} px"
-    )
-    width = (64 if small else 128 if medium else 256) if gpu else 32
-    grid = given.get("image_size", side) // STRIDE
-    choices = {
-        "device": Choice(hw.device, hw.name),
-        "channels": Choice(found.format.channels, f"the images have {found.format.channels}"),
-        "pixel_type": Choice(found.format.dtype, "the images'"),
-        "vocab": Choice((1024 if small else 4096 if medium else 8192) if gpu else 512, by_count if gpu else no_gpu),
-        "width": Choice(width, by_count if gpu else no_gpu),
-        "blocks_per_group": Choice(2 if gpu else 1, "DALL-E's" if gpu else "no GPU: half of DALL-E's"),
-        "image_size": Choice(side, why_side),
-        "window_size": Choice(grid if gpu else min(8, grid), "the whole crop" if gpu else "no GPU: a part of the crop"),
-        "max_steps": Choice(20_000 if gpu else 800, "not tried" if gpu else "some minutes"),
-        "batch_size": Choice(64 if gpu else 16, "fits most GPUs" if gpu else no_gpu),
-        "lr": Choice(round(4e-3 * min(1.0, 32 / given.get("width", width)), 6), "4e-3, less for more than 32 channels"),
-        "workers": Choice(min(16, max(1, hw.cores - 1)) if gpu else min(2, hw.cores // 2), f"{hw.cores} cores"),
-    }
-    return {name: choice for name, choice in choices.items() if name not in given}
-
-
-def _range(source: ImageSource, fmt: PixelFormat, size_px: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Black and white of each channel: of 8-bit images their range, of others nearly all of what occurs.
-
-    Sensors fill 16 bits in part, and floats have no range.
-    """
-    if fmt.dtype == "uint8":
-        return (0.0,) * fmt.channels, (255.0,) * fmt.channels
-    pixels = _central_crops(source, fmt, size_px, limit=256)
-    values = pixels.movedim(1, 0).flatten(1).float().numpy()  # (C, everything)
-    low, high = np.percentile(values, (0.1, 99.9), axis=1)
-    high = np.maximum(high, low + 1e-6 * np.maximum(1, abs(low)))  # a channel that never changes
-    return tuple(low.tolist()), tuple(high.tolist())
-
-
-def _check_fit(values: Mapping[str, Any]) -> None:
-    """Refuse options that do not go together, naming both."""
-    for name, unit in (("width", 4), ("image_size", STRIDE)):
-        if values[name] % unit:
-            near = max(unit, round(values[name] / unit) * unit)
-            raise UserError(f"{flag(name)} {values[name]} is not a multiple of {unit}; {near} would be")
-    grid = values["image_size"] // STRIDE
-    if values["window_size"] > grid:
-        raise UserError(
-            f"--window-size {values['window_size']} is larger than the {grid}x{grid} tokens of "
-            f"--image-size {values['image_size']}"
-        )
-    for name in ("black", "white"):
-        if len(values[name]) != values["channels"]:
-            raise UserError(
-                f"{flag(name)} has {len(values[name])} numbers; the images have {values['channels']} channels"
-            )
-    for low, high in zip(values["black"], values["white"], strict=True):
-        if low >= high:
-            raise UserError(f"--black is {low} where --white is {high}; it must be less")
-
-
-def _resumed(asked: Mapping[str, Any], files: _Files) -> tuple[TokenizerOptions, ImageSource]:
-    """Options of what was begun in --out; those that do not change results may be given anew."""
-    if asked.get("overwrite"):
-        raise UserError("--resume and --overwrite are both given; give one")
-    if not files.partial.exists():
-        raise UserError(f"--out: there is nothing to resume, no {files.partial}")
-    stored = load_checkpoint(files.partial).get("options", {})
-    fields = fields_of(TokenizerOptions)
-    for name, value in asked.items():
-        if fields[name].metadata["results"] and stored.get(name) != value:
-            raise UserError(
-                f"{flag(name)} is {value!r}, but what was begun in {files.partial} has {stored.get(name)!r}; "
-                "what is resumed keeps what changes its results"
-            )
-    values = {name: value for name, value in stored.items() if name in fields} | dict(asked)
-    if any(field.default is MISSING and name not in values for name, field in fields.items()):
-        raise UserError(f"{files.partial} is not what lomar tokenizer train leaves behind")
-    return TokenizerOptions(**values), open_source(values["data"])
-
-
 class _Training:
     """One tokenizer in the making."""
 
-    def __init__(self, options: TokenizerOptions, source: ImageSource, files: _Files, display: Display) -> None:
-        self.options, self.source, self.files, self.display = options, source, files, display
+    def __init__(self, settled: SettledTokenizer, files: Files, display: Display) -> None:
+        options = settled.options
+        self.options, self.source, self.checkpoint = options, settled.source, settled.checkpoint
+        self.files, self.display = files, display
         self.fmt = PixelFormat(options.channels, options.pixel_type)
         self.device = torch.device(find_hardware(options.device, 1).device)
         torch.manual_seed(options.seed)
@@ -237,24 +83,29 @@ class _Training:
             blocks_per_group=options.blocks_per_group,
             low=options.black,
             high=options.white,
+            pixel_type=options.pixel_type,
         )
         prepare(self.dvae)
         # Float32 throughout: bfloat16 would round away what a block adds, 1/64 of its branch. The layout is worth a
         # third of the time on a processor.
         self.dvae.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        groups = decay_groups(self.dvae, WEIGHT_DECAY)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+        self.optimizer = adamw(self.dvae, WEIGHT_DECAY, BETAS)
         warmup = WARMUP_SHARE * options.max_steps
         self.schedule = Schedule(peak_lr=options.lr, warmup_steps=warmup, total_steps=options.max_steps)
         self.metrics = Metrics(files.metrics)
         self.step = 0
         self.elapsed_s = 0.0
+        self.evaluated: Row = {}  # by the last evaluation
         self.bad: set[str] = set()
 
     def begin(self) -> None:
-        """Go back to the checkpoint, or clear the way; from here on something is in --out."""
-        if self.options.resume:
-            self._restore()
+        """Go back to the checkpoint, or clear the way; from here on something is in --out.
+
+        Raises:
+            UserError: the checkpoint does not fit, or --out cannot be written.
+        """
+        if self.checkpoint:
+            self._restore(self.checkpoint)
             return
         try:
             for path in self.files.all():
@@ -263,17 +114,11 @@ class _Training:
         except OSError as error:
             raise UserError(f"--out {self.files.tokenizer} cannot be written: {error.strerror}") from error
 
-    def _restore(self) -> None:
-        state = load_checkpoint(self.files.partial)
-        if state.get("fingerprint") != self.source.fingerprint():
-            raise UserError(
-                f"the images are not those that {self.files.partial} began with: files were added, removed or renamed; "
-                "bring them back, or start anew"
-            )
+    def _restore(self, state: Mapping[str, Any]) -> None:
         try:
             self.dvae.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+            self.step, self.elapsed_s, self.evaluated = state["step"], state["elapsed_s"], state["evaluated"]
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise UserError(f"{self.files.partial} is not what lomar tokenizer train leaves behind") from error
         Metrics.cut(self.files.metrics, after_step=self.step)
@@ -289,6 +134,7 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "elapsed_s": self.elapsed_s,
+            "evaluated": self.evaluated,
         }
         save_checkpoint(self.files.partial, state)
 
@@ -305,14 +151,16 @@ class _Training:
         with closing(self._batches()) as batches:
             while self.step < total:
                 row = self._learn(batches)
-                if self.step % evaluate_every == 0 and self.step < total:
-                    row |= self._evaluate()
+                finished = self.step == total
+                if finished or self.step % evaluate_every == 0:
+                    self.evaluated = self._evaluate()
+                    row |= self.evaluated
                 self.metrics.write([row])
                 self.display.step(row, self.elapsed_s / self.step * (total - self.step))
-                if stop.signal_number or time.monotonic() - saved > 60 * CHECKPOINT_MINUTES:
+                if finished or stop.signal_number or time.monotonic() - saved > 60 * CHECKPOINT_MINUTES:
                     self.save()
                     saved = time.monotonic()
-                if stop.signal_number:
+                if stop.signal_number and not finished:
                     return False
         return True
 
@@ -392,7 +240,11 @@ class _Training:
         """The images on which usage is counted, as read: about 32 tokens for each of the vocabulary."""
         tokens = (self.options.image_size // STRIDE) ** 2
         limit = min(1024, max(16, math.ceil(32 * self.options.vocab / tokens)))
-        return _central_crops(self.source, self.fmt, self.options.image_size, limit)
+        some = self.source.subset(spread(len(self.source), limit))
+        pixels, _ = central_crops(some, self.fmt, self.options.image_size)
+        if not len(pixels):
+            raise UserError(f"--data: none of {len(some)} images can be read")
+        return pixels
 
     def _evaluate(self) -> Row:
         """What the tokenizer makes of the same images each time, from whole tokens alone."""
@@ -411,14 +263,12 @@ class _Training:
 
     def finish(self) -> None:
         """Write the tokenizer and its picture."""
-        numbers = self._evaluate()
-        self.metrics.write([{"step": self.step, "elapsed_s": round(self.elapsed_s, 3), **numbers}])
-        pixels = self._judged[:DRAWN_IMAGES].to(self.device)
+        pixels = self._judged[spread(len(self._judged), DRAWN_IMAGES)].to(self.device)
         decoded = self.dvae.decode(self.dvae.tokens(pixels))
         grid = self.options.image_size // STRIDE
         caption = (
             f"Above: images. Below: decoded from their {grid}x{grid} tokens of {self.options.vocab}. "
-            f"{numbers['vocab_used']:.0%} of the tokens are used, perplexity {numbers['perplexity']:.0f}."
+            f"{self.evaluated['vocab_used']:.0%} of the tokens are used, perplexity {self.evaluated['perplexity']:.0f}."
         )
         picture = tokens_figure(self.dvae.unit(pixels).cpu().numpy(), decoded.cpu().numpy(), caption)
         save_png(picture, self.files.picture)
@@ -441,16 +291,3 @@ class _OneWindow:
     def __call__(self, key: SampleKey) -> dict[str, Tensor]:
         generator = seeded(self.seed, key.epoch, key.index, "window")
         return {"corners": local_windows(self.grid, self.side, 1, generator)}
-
-
-def _central_crops(source: ImageSource, fmt: PixelFormat, size_px: int, limit: int) -> Tensor:
-    """Pixels (n, C, size_px, size_px) of at most `limit` images, spread evenly over the source.
-
-    Raises:
-        UserError: none of them can be read.
-    """
-    some = source.subset(spread(len(source), limit))
-    pixels = torch.cat([crops[good] for crops, good in centre_crops(some, fmt, size_px, workers=0)])
-    if not len(pixels):
-        raise UserError(f"--data: none of {len(some)} images can be read")
-    return pixels

@@ -5,6 +5,7 @@ with our own functions, classes of modules with an empty class that keeps what t
 name is refused. (`torch.load(weights_only=True)` does not read whole modules in the older of the two formats.)
 """
 
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -101,8 +102,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _rebuilder() -> Callable[..., Tensor]:
-    # torch checks that the view stays within the storage.
-    return lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset)
+    def rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+        if math.prod(size) > len(storage):
+            raise EOFError  # a few numbers, repeated to more than the memory holds
+        return torch.as_strided(storage, size, stride, offset)  # torch checks that it stays within the storage
+
+    return rebuild
 
 
 def _read_zip(path: Path, classes: tuple[str, ...]) -> Any:
@@ -113,7 +118,8 @@ def _read_zip(path: Path, classes: tuple[str, ...]) -> Any:
             unpickler = _Unpickler(file, classes, path.stat().st_size)
             found = unpickler.load()
         for key, storage in unpickler.storages.items():
-            _fill(storage, archive.read(f"{folder}data/{key}"))
+            with archive.open(f"{folder}data/{key}") as file:
+                _fill(storage, file)
     return found
 
 
@@ -125,15 +131,20 @@ def _read_legacy(path: Path, classes: tuple[str, ...]) -> Any:
             raise pickle.UnpicklingError
         unpickler = _Unpickler(file, classes, size)
         found = unpickler.load()
-        for key in _Unpickler(file, (), 0).load():
-            storage = unpickler.storages[key]
+        keys = _Unpickler(file, (), 0).load()
+        if set(keys) != set(unpickler.storages):
+            raise EOFError
+        for key in keys:
             file.read(8)  # its length
-            _fill(storage, file.read(storage.nbytes))
+            _fill(unpickler.storages[key], file)
     return found
 
 
-def _fill(storage: Tensor, data: bytes) -> None:
-    if len(storage):
+def _fill(storage: Tensor, file: IO[bytes]) -> None:
+    data = file.read(storage.nbytes)
+    if len(data) < storage.nbytes:
+        raise EOFError
+    if data:
         storage.copy_(torch.frombuffer(bytearray(data), dtype=storage.dtype))
 
 

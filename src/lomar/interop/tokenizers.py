@@ -2,12 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lomar.errors import UserError
 from lomar.interop.pickles import read_module
-from lomar.interop.weights import _first_line, _read, _save
+from lomar.interop.weights import first_line, read_file, save_file
 from lomar.methods.tokenizer import GROUPS, DiscreteVAE
 
 _OFFICIAL_CLASSES = ("dall_e.",)
@@ -16,7 +17,7 @@ _WHITE = 255.0  # the released tokenizer is for 8-bit images
 
 def save_tokenizer(path: Path, dvae: DiscreteVAE) -> None:
     """Write a tokenizer with all that `load_tokenizer` needs to rebuild it."""
-    _save(path, dvae.state_dict(), "tokenizer", {"architecture": dvae.architecture})
+    save_file(path, dvae.state_dict(), "tokenizer", {"architecture": dvae.architecture})
 
 
 def load_tokenizer(path: str | Path) -> DiscreteVAE:
@@ -40,49 +41,74 @@ def load_tokenizer(path: str | Path) -> DiscreteVAE:
 
 def _is_safetensors(path: Path) -> bool:
     """Whether the file begins as such: a length in eight bytes, then JSON."""
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from error
 
 
 def _ours(path: Path) -> DiscreteVAE:
-    metadata, tensors = _read(path, "tokenizer")
-    try:
-        dvae = DiscreteVAE.build(**metadata["architecture"])
-        dvae.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not hold a whole tokenizer ({_first_line(error)})") from error
+    metadata, tensors = read_file(path, "tokenizer")
+    dvae = _build(path, metadata.get("architecture", {}))
+    _load(dvae, tensors, path)
     return dvae
 
 
 def _official(path: Path) -> DiscreteVAE:
     encoder = read_module(path, _OFFICIAL_CLASSES)
+    first, last = (_convolution(path, encoder, name) for name in ("blocks.input.w", "blocks.output.conv.w"))
+    if first[-1] == 1:
+        raise UserError(f"{path} holds DALL-E's decoder; tokens are made by its encoder.pkl")
     beside = path.with_name("decoder.pkl")
-    decoder = read_module(beside, _OFFICIAL_CLASSES) if beside.exists() else {}
-    channels = _shape(path, encoder, "blocks.input.w")[1]
-    try:
-        dvae = DiscreteVAE.build(
-            channels=channels,
-            width=_shape(path, encoder, "blocks.input.w")[0],
-            vocab=_shape(path, encoder, "blocks.output.conv.w")[0],
-            blocks_per_group=_blocks_per_group(encoder),
-            low=[0.0] * channels,
-            high=[_WHITE] * channels,
-            has_decoder=bool(decoder),
-        )
-        dvae.encoder.load_state_dict(encoder)
-        if dvae.decoder is not None:
-            dvae.decoder.load_state_dict(decoder)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not hold a DALL-E encoder that fits ({_first_line(error)})") from error
+    decoder = read_module(beside, _OFFICIAL_CLASSES) if beside.exists() else None
+    width, channels = first[:2]
+    architecture = {
+        "channels": channels,
+        "width": width,
+        "vocab": last[0],
+        "blocks_per_group": _blocks_per_group(encoder),
+        "low": [0.0] * channels,
+        "high": [_WHITE] * channels,
+        "has_decoder": decoder is not None,
+    }
+    dvae = _build(path, architecture)
+    _load(dvae.encoder, encoder, path)
+    if dvae.decoder is not None and decoder is not None:
+        _load(dvae.decoder, decoder, beside)
     return dvae
 
 
-def _shape(path: Path, state: dict[str, Tensor], name: str) -> tuple[int, ...]:
+def _build(path: Path, architecture: dict[str, Any]) -> DiscreteVAE:
+    try:
+        return DiscreteVAE.build(**architecture)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{path} does not hold a whole tokenizer ({first_line(error)})") from error
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Give a module its weights; what does not fit is named."""
+    own = module.state_dict()
+    for name in (*own, *state):
+        if name not in state:
+            raise UserError(f"{path} does not hold a whole tokenizer: {name} is missing")
+        if name not in own:
+            raise UserError(f"{path} does not hold a tokenizer: there is {name} in it")
+        if own[name].shape != state[name].shape:
+            raise UserError(
+                f"{path} does not hold a tokenizer that fits: {name} is {tuple(state[name].shape)}, "
+                f"not {tuple(own[name].shape)}"
+            )
+    module.load_state_dict(state)
+
+
+def _convolution(path: Path, state: dict[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of its weights."""
     if name not in state or state[name].ndim != 4:
         raise UserError(f"{path} holds no DALL-E encoder: there is no convolution {name} in it")
     return tuple(state[name].shape)
 
 
 def _blocks_per_group(state: dict[str, Tensor]) -> int:
-    numbers = [re.match(rf"blocks\.group_{GROUPS}\.block_(\d+)\.", name) for name in state]
-    return max((int(number[1]) for number in numbers if number), default=1)
+    found = (re.match(rf"blocks\.group_{GROUPS}\.block_(\d+)\.", name) for name in state)
+    return len({number[1] for number in found if number})

@@ -33,12 +33,12 @@ def save_encoder(path: Path, encoder: Encoder, composition: Composition) -> None
         "std": composition.std,
         "scale": composition.scale,
     }
-    _save(path, encoder.state_dict(), "encoder", metadata)
+    save_file(path, encoder.state_dict(), "encoder", metadata)
 
 
 def save_reconstructor(path: Path, method: MaskedReconstruction, composition: Composition) -> None:
     """Write encoder, mask token, decoder and head with all that `load_reconstructor` needs."""
-    _save(path, method.state_dict(), "reconstructor", {"composition": composition.to_dict()})
+    save_file(path, method.state_dict(), "reconstructor", {"composition": composition.to_dict()})
 
 
 def load(path: str | Path) -> Encoder:
@@ -59,7 +59,7 @@ def load(path: str | Path) -> Encoder:
     if is_torch_file(file):
         official = read_official(file)
         return _described(official.encoder, official.composition.mean, official.composition.std, 255.0)
-    return _encoder(file, *_read(file, "encoder"))
+    return _encoder(file, *read_file(file, "encoder"))
 
 
 def load_reconstructor(path: str | Path) -> tuple[MaskedReconstruction, Composition]:
@@ -78,7 +78,7 @@ def load_reconstructor(path: str | Path) -> tuple[MaskedReconstruction, Composit
         if official.method is None:
             raise UserError(f"{file} holds {official.kind}: without mask token and head nothing can be reconstructed")
         return official.method, official.composition
-    return _reconstructor(file, *_read(file, "reconstructor"))
+    return _reconstructor(file, *read_file(file, "reconstructor"))
 
 
 def load_most(path: str | Path) -> tuple[Encoder | MaskedReconstruction, tuple[float, ...], tuple[float, ...]]:
@@ -96,7 +96,7 @@ def load_most(path: str | Path) -> tuple[Encoder | MaskedReconstruction, tuple[f
         official = read_official(file)
         composition = official.composition
         return official.method or official.encoder, composition.mean, composition.std
-    metadata, tensors = _read(file, "encoder", "reconstructor")
+    metadata, tensors = read_file(file, "encoder", "reconstructor")
     if metadata["kind"] == "encoder":
         encoder = _encoder(file, metadata, tensors)
         return encoder, tuple(metadata["mean"]), tuple(metadata["std"])
@@ -111,7 +111,7 @@ def _encoder(file: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> E
         encoder.load_state_dict(tensors)
         return _described(encoder, metadata["mean"], metadata["std"], metadata["scale"]).eval()
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{file} does not hold a whole encoder ({_first_line(error)})") from error
+        raise UserError(f"{file} does not hold a whole encoder ({first_line(error)})") from error
 
 
 def _reconstructor(
@@ -122,7 +122,7 @@ def _reconstructor(
         method = composition.build()
         method.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{file} does not hold a whole reconstructor ({_first_line(error)})") from error
+        raise UserError(f"{file} does not hold a whole reconstructor ({first_line(error)})") from error
     return method.eval(), composition
 
 
@@ -144,7 +144,8 @@ def _described(encoder: Encoder, mean: Sequence[float], std: Sequence[float], sc
     return encoder
 
 
-def _save(path: Path, tensors: dict[str, Any], kind: str, metadata: dict[str, Any]) -> None:
+def save_file(path: Path, tensors: dict[str, Any], kind: str, metadata: dict[str, Any]) -> None:
+    """Write tensors, what kind of thing they are, and what rebuilds it."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = {"format": "pt", "lomar": json.dumps({"kind": kind, "version": __version__, **metadata})}
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=text)))
@@ -160,14 +161,18 @@ def _resolve(path: Path, name: str) -> Path:
     return path
 
 
-def _read(path: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata and tensors of a file that holds one of `kinds`."""
+def read_file(path: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata and tensors of a file that holds one of `kinds`.
+
+    Raises:
+        UserError: it is no safetensors file, or holds something else.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("lomar")
         tensors = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is not a safetensors file ({_first_line(error)})") from error
+        raise UserError(f"{path} is not a safetensors file ({first_line(error)})") from error
     try:
         metadata = json.loads(text or "{}")
         found = metadata.get("kind", "weights of something else")
@@ -178,5 +183,6 @@ def _read(path: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return metadata, tensors
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's text, for a message of one line."""
     return str(error).strip().split("\n")[0][:200]

@@ -153,17 +153,24 @@ class DiscreteVAE(nn.Module):
         encoder: gives the tokens.
         decoder: shows them; None where only the encoder is known.
         low, high: for each channel the pixel value that stands for 0 and for 1.
+        pixel_type: what the images were read as, "uint8", "uint16" or "float32"; low and high are for no other.
     """
 
     low: Tensor
     high: Tensor
 
     def __init__(
-        self, encoder: DVAEEncoder, decoder: DVAEDecoder | None, low: Sequence[float], high: Sequence[float]
+        self,
+        encoder: DVAEEncoder,
+        decoder: DVAEDecoder | None,
+        low: Sequence[float],
+        high: Sequence[float],
+        pixel_type: str = "uint8",
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        self.pixel_type = pixel_type
         # Not in the state dict, which holds what was learnt; `architecture` carries them.
         self.register_buffer("low", torch.tensor(low, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("high", torch.tensor(high, dtype=torch.float32).view(-1, 1, 1), persistent=False)
@@ -178,11 +185,12 @@ class DiscreteVAE(nn.Module):
         blocks_per_group: int,
         low: Sequence[float],
         high: Sequence[float],
+        pixel_type: str = "uint8",
         has_decoder: bool = True,
     ) -> "DiscreteVAE":
         """One with fresh weights; `DiscreteVAE.build(**dvae.architecture)` is its like."""
         sizes = (channels, width, vocab, blocks_per_group)
-        return cls(DVAEEncoder(*sizes), DVAEDecoder(*sizes) if has_decoder else None, low, high)
+        return cls(DVAEEncoder(*sizes), DVAEDecoder(*sizes) if has_decoder else None, low, high, pixel_type)
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -195,6 +203,7 @@ class DiscreteVAE(nn.Module):
             "blocks_per_group": encoder.blocks_per_group,
             "low": self.low.flatten().tolist(),
             "high": self.high.flatten().tolist(),
+            "pixel_type": self.pixel_type,
             "has_decoder": self.decoder is not None,
         }
 
