@@ -26,7 +26,7 @@ import torchvision
 from torchvision.transforms import v2
 
 from lomar.data.decode import PixelFormat
-from lomar.data.loader import pretraining_batches
+from lomar.data.loader import CropPlan, pretraining_batches
 from lomar.data.sources import ImageSource, open_source
 from lomar.methods.masks import UniformMask
 from lomar.methods.reconstruction import ViewsAndMask
@@ -46,10 +46,9 @@ def lomar_pass(source: ImageSource, image_size_px: int, number: int) -> None:
         source,
         PixelFormat(3, "uint8"),
         draw,
-        image_size_px=image_size_px,
+        plan=CropPlan(image_size_px, (0.2, 1.0)),
         patch_size_px=PATCH_PX,
         view_size=draw.views.size,
-        crop_scale=(0.2, 1.0),
         seed=0,
         batch_size=len(source),
         micro_batch=MICRO_BATCH,

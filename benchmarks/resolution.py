@@ -26,36 +26,27 @@ def measure(model: str, side_px: int, mask_layer: int, images: int, steps: int, 
     import torch
 
     from lomar.data.loader import SampleKey
-    from lomar.methods.recipes import RECIPES, Composition
-    from lomar.methods.reconstruction import ViewsAndMask
+    from lomar.methods.recipes import RECIPES, compose
     from lomar.training.optim import adamw
 
-    options = dict(RECIPES["lomar"].options) | {"mask_layer": mask_layer}
-    statistics_ = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "scale": 255.0}
+    recipe = RECIPES["lomar"]
+    options = {"method": "lomar", "model": model, "image_size": side_px, "patch_size": PATCH_PX, "batch_size": images}
+    options |= {"mask_layer": mask_layer, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     torch.manual_seed(0)
-    method = Composition(
-        method="lomar",
-        model=model,
-        image_size=side_px,
-        patch_size=PATCH_PX,
-        batch_size=images,
-        **options,
-        **statistics_,
-    ).build()
+    method = compose(dict(recipe.options) | dict(recipe.full) | options, vocab=0, scale=255.0).build()
     method.to(device)
-    optimizer = adamw(method, 0.05)
-    draw = ViewsAndMask(method.views, method.mask, seed=0)
-    corners, hidden = (
-        torch.stack(t).to(device) for t in zip(*(draw(SampleKey(0, i, 0, i)) for i in range(images)), strict=True)
-    )
+    optimizer = adamw(method, recipe.options["weight_decay"], recipe.options["betas"])
+    draws = [method.draw(seed=0)(SampleKey(0, i, 0, i)) for i in range(images)]
+    batch = {name: torch.stack([each[name] for each in draws]).to(device) for name in draws[0]}
     side = method.views.size[0] * PATCH_PX
-    pixels = torch.randint(0, 256, (images, method.views.count, 3, side, side), dtype=torch.uint8, device=device)
+    shape = images, method.views.count, 3, side, side
+    batch["pixels"] = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     synchronise: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
     took_s = []
     for step in range(steps + 1):
         began = time.perf_counter()
         with torch.autocast(device, torch.bfloat16):
-            total, count = method(pixels, corners, hidden)
+            total, count = method(**batch)
         (total / count).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -85,7 +76,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for side, measured in cells.items():
             command = [sys.executable, __file__, *sys.argv[1:], "--cell", str(side)]
-            measured.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            measured.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
     import torch
 
     device = (

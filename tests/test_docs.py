@@ -4,13 +4,19 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import lomar
 from lomar import cli
+from lomar.commands.recipes import configuration, table
+from lomar.errors import UserError
 from lomar.interop.weights import save_encoder
 from lomar.methods.recipes import RECIPES
+from lomar.methods.targets import TARGETS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,8 +29,8 @@ def blocks(page: Path, language: str) -> list[str]:
 def commands(page: Path) -> list[tuple[str, list[str]]]:
     """Every `lomar ...` of a page's shell blocks: the command, and its options as words."""
     text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
-    found = re.findall(rf"(?:^|[ /;])lomar ({'|'.join(cli.COMMANDS)})\b([^\n;&|>]*)", text, flags=re.M)
-    return [(name, shlex.split(line, comments=True)) for name, line in found]
+    found = re.findall(r"(?:^|[ /;&|])lomar +([a-z][^\n;&|>]*)", text, flags=re.M)
+    return [cli.command_in(shlex.split(line, comments=True)) for line in found]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -33,8 +39,22 @@ def test_every_command_of_the_docs_is_understood(page: Path) -> None:
         cli.parse(name, arguments)
 
 
-def test_the_readme_has_commands() -> None:
-    assert len(commands(ROOT / "README.md")) >= 5
+def test_every_command_is_shown_and_the_readme_has_most() -> None:
+    shown = {page.name: {name for name, _ in commands(page)} for page in PAGES}
+    assert set().union(*shown.values()) == set(cli.COMMANDS)
+    assert len(shown["README.md"]) >= 5
+
+
+def test_an_unknown_command_of_the_docs_would_be_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```sh\ncd x && .venv/bin/lomar pretrain --out lomar-base --method lomar --views 2  # lomar\n```\n")
+    assert commands(page) == [("pretrain", ["--out", "lomar-base", "--method", "lomar", "--views", "2"])]
+    page.write_text("```sh\nlomar tokenizer train --data photos; lomar recipes mae > mae.yaml\n```\n")
+    assert commands(page) == [("tokenizer train", ["--data", "photos"]), ("recipes", ["mae"])]
+    for wrong in ("lomar tokeniser train", "lomar tokenizer trian", "lomar pretrian --data photos"):
+        page.write_text(f"```sh\n{wrong}\n```\n")
+        with pytest.raises(UserError, match="there is no command"):
+            commands(page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -57,6 +77,26 @@ def test_the_python_of_the_docs_runs(page: Path, tmp_path: Path, monkeypatch: py
         exec(compile(block, str(page), "exec"), names)
     assert names["features"].shape == (2, 192)
     assert names["tokens"].shape == (2, 50, 192)
+
+
+def test_the_method_of_ones_own_trains_and_is_a_recipe_like_the_others(
+    miniature: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All Python of docs/extending.md, whose new target and recipes are forgotten afterwards."""
+    page = ROOT / "docs" / "extending.md"
+    monkeypatch.chdir(tmp_path)
+    known = set(RECIPES)
+    names: dict[str, Any] = {}
+    with patch.dict(TARGETS), patch.dict(RECIPES):
+        for block in blocks(page, "python"):
+            exec(compile(block, str(page), "exec"), names)
+        new = set(RECIPES) - known
+        assert new == {"lomar-hog", "maskfeat"}
+        for name in new:
+            encoder = lomar.load(tmp_path / name / "encoder.safetensors")
+            assert encoder(torch.zeros(1, 3, 64, 64)).shape == (1, 48)
+            assert f"\n{name} " in table() and f"method: {name}\n" in configuration(name)
+    assert "hog" not in TARGETS and set(RECIPES) == known
 
 
 def test_ci_runs_the_readmes_two_set_up_commands() -> None:

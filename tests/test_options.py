@@ -32,7 +32,10 @@ def test_the_help_tells_the_values_of_the_recipes() -> None:
         for recipe, text in told(name).items():
             words = text.split()
             assert convert(PretrainOptions, name, words if len(words) > 1 else text) == RECIPES[recipe].options[name]
-    assert {name for name in RECIPES["lomar"].options if "lomar" not in told(name)} == {"mask_min_block", "weight_decay"}
+    assert {name for name in RECIPES["lomar"].options if "lomar" not in told(name)} == {
+        "mask_min_block",
+        "weight_decay",
+    }
     assert {str(recipe.options["weight_decay"]) for recipe in RECIPES.values()} == {
         fields_of(PretrainOptions)["weight_decay"].metadata["auto"]
     }

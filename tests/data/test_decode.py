@@ -414,3 +414,63 @@ def test_channel_counts_that_do_not_go_together_are_refused():
 def test_float_pixels_do_not_become_integers():
     with pytest.raises(BadImageError, match="float32 pixels have no fixed range to become uint8"):
         whole(npy(np.zeros((5, 7), np.float32)), GRAY8)
+
+
+# Lanczos, for tokenizers.
+
+
+@pytest.mark.parametrize("size", [(37, 41), (8, 7), (151, 149)])
+def test_lanczos_is_pillows(size):
+    """To the last bit, of a box of a PNG; another filter would be told apart."""
+    picture, box = photograph(101, 103), (3, 5, 89, 83)
+    noise = np.random.default_rng(0).integers(0, 256, picture.shape, dtype=np.uint8)
+    image = read_image(encoded(picture // 2 + noise // 2, "PNG"), "x")
+    top, left, height, width = box
+    part = PIL.Image.fromarray((picture // 2 + noise // 2)[top : top + height, left : left + width])
+    expected = np.asarray(part.resize(size[::-1], PIL.Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    found = image.crop(box, size, RGB8, lanczos=True)
+    assert found.dtype == np.uint8 and (found == expected).all()
+    assert not (image.crop(box, size, RGB8) == expected).all()
+
+
+def test_lanczos_of_the_jpeg_decoders_smaller_picture_is_close_to_that_of_the_whole():
+    data, box, size = encoded(photograph(208, 304), "JPEG", quality=95), (0, 0, 208, 304), (51, 53)
+    whole_picture = PIL.Image.open(io.BytesIO(data)).convert("RGB")
+    expected = np.asarray(whole_picture.resize(size[::-1], PIL.Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    found = read_image(data, "x").crop(box, size, RGB8, lanczos=True)
+    assert np.abs(found.astype(int) - expected).mean() < 1.0
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("uint8", 255), ("uint16", 65_535), ("float32", 1)])
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_lanczos_keeps_every_type_and_number_of_channels(dtype, scale, channels):
+    """As Pillow a channel at a time; 16-bit pixels, which it does not resize, to the last bit and in their range."""
+    share = np.random.default_rng(0).random((29, 31, channels), dtype=np.float32)
+    share[:, :10], share[:, 20:] = 0, 1  # edges, where Lanczos overshoots
+    array = (share * scale).astype(dtype)
+    found = read_image(npy(array), "x").crop((1, 2, 27, 29), (11, 13), PixelFormat(channels, dtype), lanczos=True)
+    assert found.shape == (channels, 11, 13) and found.dtype == dtype
+    for plane, band in zip(found, array.transpose(2, 0, 1), strict=True):
+        picture = PIL.Image.fromarray(band[1:28, 2:31].astype("uint8" if dtype == "uint8" else "float32"))
+        exact = np.asarray(picture.resize((13, 11), PIL.Image.Resampling.LANCZOS))
+        if dtype == "uint16":
+            assert exact.min() < 0 and exact.max() > 65_535
+            assert np.abs(plane - exact.clip(0, 65_535)).max() <= 0.5
+        else:
+            assert (plane == exact).all()
+            assert dtype == "uint8" or exact.min() < 0  # no bounds to keep to
+
+
+def test_lanczos_leaves_a_crop_of_the_right_size_as_it_is():
+    picture = photograph(37, 53)
+    found = read_image(encoded(picture, "PNG"), "x").crop((5, 7, 11, 13), (11, 13), RGB8, lanczos=True)
+    assert (found == picture[5:16, 7:20].transpose(2, 0, 1)).all()
+
+
+def test_lanczos_makes_colour_of_gray_and_gray_of_colour():
+    gray = photograph(37, 53)[..., 0]
+    colour = read_image(encoded(gray, "PNG"), "x").crop((0, 0, 37, 53), (11, 13), RGB8, lanczos=True)
+    assert colour.shape == (3, 11, 13) and (colour == colour[0]).all()
+    assert read_image(encoded(photograph(37, 53), "PNG"), "x").crop(
+        (0, 0, 37, 53), (11, 13), GRAY8, lanczos=True
+    ).shape == (1, 11, 13)

@@ -225,7 +225,9 @@ def test_windows_lie_at_their_corners_in_a_crop_mirrored_half_of_the_time(tmp_pa
     (batch,) = batches(tmp_path, plan=CropPlan(35, (1.0, 1.0)), batch_size=40, micro_batch=40, total_batches=1)
     upright = array.transpose(2, 0, 1)
     mirrored = 0
-    for windows, corners in zip(batch.inputs["pixels"].numpy(), batch.inputs["corners"].numpy() * PATCH_PX, strict=True):
+    for windows, corners in zip(
+        batch.inputs["pixels"].numpy(), batch.inputs["corners"].numpy() * PATCH_PX, strict=True
+    ):
         cut = {}
         for name, crop in (("upright", upright), ("mirrored", upright[:, :, ::-1])):
             cut[name] = [

@@ -1,18 +1,33 @@
 """The encoder as a timm model. timm itself is the judge where it can be."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 
 import lomar.model
 from lomar.model import SIZES, Encoder
+from lomar.model.transformer import POSITIONS
 
 
 def tiny(**changes: object) -> Encoder:
     """A small encoder with prime sides, so that swapped axes cannot pass."""
     shape: dict = {"img_size": (12, 20), "patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 3, "num_classes": 0}
     return Encoder(**shape | changes).eval()
+
+
+def positioned(**changes: Any) -> Encoder:
+    """`tiny` with tables that say something: zeros would hide errors."""
+    model = tiny(**changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".table"):
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 def test_registers_every_size_and_patch_with_timm() -> None:
@@ -57,6 +72,57 @@ def test_without_position_it_equals_timms_vit() -> None:
     torch.testing.assert_close(ours(images), plain(images))
 
 
+def test_with_sines_and_cosines_it_equals_timms_vit() -> None:
+    """The same weights and the same table of positions, on a rectangle, token by token and as a classifier."""
+    sizes: dict[str, Any] = {"img_size": (12, 20), "patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 3}
+    images = torch.randn(2, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+    for own in ({"num_classes": 7, "global_pool": "avg"}, {"num_classes": 0, "global_pool": "token"}):
+        ours = Encoder(**sizes, **own, position="sincos").eval()
+        timms = VisionTransformer(**sizes, **own, fc_norm=own["global_pool"] == "avg").eval()
+        timms.load_state_dict(ours.state_dict())  # every name and shape, none missing
+        assert timms.pos_embed.abs().max() > 0.5
+        torch.testing.assert_close(ours.forward_features(images), timms.forward_features(images))
+        torch.testing.assert_close(ours(images), timms(images))
+
+
+def timms_name(name: str) -> str:
+    """Our name of a parameter -> timm's in its BEiT."""
+    ours_to_timms = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2", "attn.rel_pos_bias.table": TABLE, "table": TABLE}
+    for ours, timms in ours_to_timms.items():
+        if name.endswith(f".{ours}"):
+            prefix = name.removesuffix(ours) + ("attn." if ours.startswith("attn.") else "")
+            return prefix + timms
+    return name
+
+
+TABLE = "relative_position_bias_table"
+BEIT = {"position": "block-bias", "key_bias": False, "init_values": 0.1, "weight_init": "beit"}
+
+
+@pytest.mark.parametrize("side", [(12, 20), (20, 20)])
+@pytest.mark.parametrize("position", ["block-bias", "shared-bias"])
+def test_with_relative_biases_it_equals_timms_beit(side: tuple[int, int], position: str) -> None:
+    """The same weights and tables that are not zero."""
+    sizes: dict[str, Any] = {"img_size": side, "patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 3}
+    sizes["num_classes"] = 7
+    ours = Encoder(**sizes, **BEIT | {"position": position}).eval()
+    for name, parameter in ours.named_parameters():
+        if not name.endswith("norm1.weight"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    shared = position == "shared-bias"
+    timms = Beit(
+        **sizes,
+        init_values=0.1,
+        use_abs_pos_emb=False,
+        use_rel_pos_bias=not shared,
+        use_shared_rel_pos_bias=shared,
+        norm_layer=lambda width, **given: torch.nn.LayerNorm(width, eps=1e-6, **given),
+    ).eval()
+    timms.load_state_dict({timms_name(name): tensor for name, tensor in ours.state_dict().items()})
+    images = torch.randn(2, 3, *side, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(images), timms(images))
+
+
 def test_a_classifier_trains_on_rectangles_of_four_channels() -> None:
     """Every parameter gets a finite gradient, and a step lowers the loss of its batch."""
     model = timm.create_model("lomar_vit_tiny_patch16", num_classes=10, img_size=(96, 160), in_chans=4)
@@ -98,6 +164,48 @@ def test_any_size_goes_in_and_a_wrong_one_is_refused() -> None:
         model(torch.randn(1, 3, 13, 20))
     model.set_input_size((28, 44))
     assert model.patch_embed.grid_size == (7, 11)
+
+
+POSITIONED: list[dict[str, Any]] = [{"position": p} for p in POSITIONS] + [
+    {"position": "shared-bias", "bias_grid": (2, 2)}
+]
+
+
+@pytest.mark.parametrize("made", POSITIONED, ids=str)
+@pytest.mark.parametrize("size", [(28, 44), (20, 8), (8, 44)])
+def test_another_size_is_the_same_on_the_way_and_for_good(made: dict[str, Any], size: tuple[int, int]) -> None:
+    """Tables are resized for the one image or for all; `architecture` then rebuilds what they have become."""
+    model, images = positioned(**made), torch.randn(2, 3, *size)
+    on_the_way = model.forward_features(images)
+    assert on_the_way.shape == (2, 1 + size[0] * size[1] // 16, 12)
+    model.set_input_size(size)
+    assert (model.grid, model.architecture["img_size"]) == ((size[0] // 4, size[1] // 4), size)
+    torch.testing.assert_close(model.forward_features(images), on_the_way, atol=1e-5, rtol=1e-4)
+    rebuilt = Encoder(**model.architecture, num_classes=0).eval()
+    rebuilt.load_state_dict(model.state_dict())
+    torch.testing.assert_close(rebuilt.forward_features(images), on_the_way, atol=1e-5, rtol=1e-4)
+    trainable = {name: p.requires_grad for name, p in positioned(**made).named_parameters()}
+    assert trainable == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_sines_and_cosines_of_another_size_are_resized_as_timm_does() -> None:
+    """Not computed anew: fine-tuning may have changed them."""
+    model, images = positioned(position="sincos"), torch.randn(2, 3, 28, 44)
+    torch.nn.init.normal_(model.pos_embed)
+    timms = VisionTransformer((28, 44), 4, embed_dim=12, depth=3, num_heads=3, num_classes=0, global_pool="").eval()
+    table = resample_abs_pos_embed(model.pos_embed, [7, 11], [3, 5], num_prefix_tokens=1, antialias=False)
+    timms.load_state_dict(model.state_dict() | {"pos_embed": table})
+    torch.testing.assert_close(model.forward_features(images), timms.forward_features(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_only_a_position_tells_where_a_patch_is(position: str) -> None:
+    """Patches in another order give their tokens in that order, if there is no position; else they do not."""
+    model, images = positioned(position=position), torch.randn(2, 3, 12, 20)
+    tokens = model.forward_features(images)[:, 1:].unflatten(1, (3, 5))
+    mirrored = images.unflatten(3, (5, 4)).flip(3).flatten(3)  # columns of patches, each as it was
+    found = model.forward_features(mirrored)[:, 1:].unflatten(1, (3, 5)).flip(2)
+    assert torch.allclose(tokens, found, atol=1e-4) == (position == "none")
 
 
 def test_embedding_cut_patches_equals_the_convolution() -> None:
@@ -202,6 +310,10 @@ def test_bad_arguments_are_named() -> None:
         tiny(embed_dim=13)
     with pytest.raises(ValueError, match="global_pool is 'max'"):
         tiny(global_pool="max")
+    with pytest.raises(
+        ValueError, match="position is 'absolute'; it can be contextual, sincos, shared-bias, block-bias"
+    ):
+        tiny(position="absolute")
 
 
 def test_torch_compile_and_export_take_it() -> None:

@@ -1,4 +1,4 @@
-"""Positions: LoMaR's contextual buckets (SPEC.md A.5), MAE's sines and cosines (B.3), BEiT's relative bias (C.1, C.6)."""
+"""Positions: LoMaR's contextual buckets (SPEC.md A.5), MAE's sines and cosines (B.3), BEiT's bias (C.1, C.6)."""
 
 import math
 
@@ -172,23 +172,30 @@ def test_a_smaller_table_of_biases_keeps_its_numbers(grid: tuple[int, int], new:
             assert number(smaller, new, down, right) == number(table, grid, down, right)
 
 
-@pytest.mark.parametrize(("grid", "new"), [((3, 5), (7, 11)), ((2, 3), (5, 4)), ((1, 3), (3, 5))])
-def test_a_larger_table_of_biases_keeps_the_ends_the_middle_and_the_order(
+@pytest.mark.parametrize(("grid", "new"), [((3, 5), (7, 11)), ((2, 3), (5, 4)), ((1, 3), (3, 5)), ((2, 2), (7, 3))])
+def test_a_larger_table_of_biases_keeps_the_numbers_of_distances_0_and_1_and_of_the_farthest(
     grid: tuple[int, int], new: tuple[int, int]
 ) -> None:
-    """Geometric places begin with distance 1, and the farthest old number goes to the farthest new place."""
-    rows, columns = (torch.arange(1.0 - side, side) for side in grid)
-    table = torch.cat([(rows[:, None] * 100 + columns).flatten(), torch.tensor([7.0, 8.0, 9.0])])[:, None].double()
+    """Places grow geometrically from 1 to the new farthest distance. One row, or two, have nothing to grow."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, 2, generator=generator).double()
     larger = resize_bias(table, grid, new)
     assert torch.equal(larger[-3:], table[-3:])
-    wide = larger[:-3, 0].view(2 * new[0] - 1, 2 * new[1] - 1)
-    old = table[:-3, 0].view(2 * grid[0] - 1, 2 * grid[1] - 1)
-    middle = [(side - 1) for side in new]
-    ends = [0, 0]
-    torch.testing.assert_close(wide[tuple(middle)], torch.zeros(()).double(), rtol=0, atol=1e-9)
-    if grid[0] > 1:
-        torch.testing.assert_close(wide[tuple(ends)], old[0, 0], rtol=0, atol=1e-4)
-        assert (wide.diff(dim=0) > 0).all()
-    assert (wide.diff(dim=1) > 0).all()
-    step = wide[middle[0], middle[1] + 1] - wide[tuple(middle)]
-    torch.testing.assert_close(step, torch.ones(()).double(), rtol=0, atol=1e-4)  # distance 1 keeps its number
+    old = table[:-3].view(2 * grid[0] - 1, 2 * grid[1] - 1, 2)
+    wide = larger[:-3].view(2 * new[0] - 1, 2 * new[1] - 1, 2)
+
+    def kept(side: int, new_side: int) -> list[tuple[int, int]]:
+        """Old and new index of the distances that keep their numbers."""
+        near = range(-min(1, side - 1), min(1, side - 1) + 1)
+        return [(side - 1 + d, new_side - 1 + d) for d in near] + [(0, 0), (2 * side - 2, 2 * new_side - 2)]
+
+    for row, new_row in kept(grid[0], new[0]):
+        for column, new_column in kept(grid[1], new[1]):
+            torch.testing.assert_close(wide[new_row, new_column], old[row, column], rtol=0, atol=1e-6)
+
+
+def test_a_table_of_two_patches_a_side_says_the_same_of_all_farther_ones() -> None:
+    table = torch.arange(12.0)[:, None]  # 3 x 3 differences, and cls
+    wide = resize_bias(table, (2, 2), (4, 3))[:-3, 0].view(7, 5)
+    assert torch.allclose(wide[:, 0], torch.tensor([0.0, 0, 0, 3, 6, 6, 6]))
+    assert torch.allclose(wide[3], torch.tensor([3.0, 3, 4, 5, 5]))

@@ -76,7 +76,8 @@ def configuration(name: str) -> str:
             + [f"top-1 {result}"] * bool(recipe.result)
             + [f"{hours} hours on four A100"] * bool(recipe.hours)
         ),
-        f"{parameters} million parameters, {tokens} tokens an image, {epochs} epochs of ImageNet-1K",
+        f"{parameters} million parameters, {tokens} tokens an image"
+        + f", {epochs} epochs of ImageNet-1K" * (epochs != "-"),
     ]
     if values["target"] == "tokens":
         comments.append("Needs --tokenizer FILE: a folder with OpenAI's encoder.pkl, or of `lomar tokenizer train`.")
@@ -89,6 +90,6 @@ def _row(name: str, recipe: Recipe) -> tuple[str, ...]:
         method = composition.build()
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     tokens = "/".join(str(stage.tokens * method.views.count) for stage in method.stages())
-    epochs = recipe.full.get("epochs", recipe.options.get("epochs"))
+    epochs = recipe.full.get("epochs", recipe.options.get("epochs", "-"))
     hours = f"{recipe.hours}" if recipe.hours else "-"
     return name, str(epochs), hours, recipe.result or "-", f"{parameters / 1e6:.1f}", tokens, recipe.about

@@ -19,7 +19,8 @@ class Recipe:
         paper: the table or figure it stands in.
         about: what it is, or what it changes.
         options: option values that define it; defaults of `lomar pretrain --method NAME`.
-        full: the other options of the paper's run on ImageNet-1K, printed by `lomar recipes NAME`.
+        full: the other options of the paper's run on ImageNet-1K, printed by `lomar recipes NAME`; where there is no
+            such run, the sizes of all of them.
         result: what the paper reports: top-1 accuracy in per cent after fine-tuning at 224 px, if not said otherwise.
         hours: the paper's pretraining time on four A100; None where it does not say.
     """
@@ -27,7 +28,7 @@ class Recipe:
     paper: str
     about: str
     options: Mapping[str, Any]
-    full: Mapping[str, Any] = field(default_factory=dict)
+    full: Mapping[str, Any] = field(default_factory=lambda: IMAGENET)
     result: str = ""
     hours: int | None = None
 
@@ -108,7 +109,7 @@ BEIT = (
 BEIT_LOMAR = BEIT | {"window_size": 7, "views": 4, "mask_ratio": 0.39, "mask_min_block": 4}
 
 MAE_DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
-IMAGENET = {
+IMAGENET: dict[str, Any] = {
     "model": "base",
     "image_size": 224,
     "patch_size": 16,

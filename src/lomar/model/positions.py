@@ -180,7 +180,7 @@ def _stretch(old: int, new: int) -> np.ndarray:
         return np.ones((new, 1))
     places = np.concatenate([[0.0], np.cumsum(growth(old, new) ** np.arange(old // 2))])
     places = np.concatenate([-places[:0:-1], places])  # (old,)
-    wanted = np.arange(-(new // 2), new // 2 + 1)
+    wanted = np.arange(-(new // 2), new // 2 + 1).clip(places[0], places[-1])  # `old` 3 has no places to grow
     spline = make_interp_spline(places, np.eye(old), k=min(3, old - 1))
     return np.asarray(spline(wanted))
 
@@ -192,6 +192,8 @@ def growth(old: int, new: int) -> float:
     """
     low, high = 1.0, 1.5
     terms = np.arange(old // 2)
+    if len(terms) == 1:  # 1 + nothing: whatever q is, the only place but the middle is at 1
+        return low
     while (high**terms).sum() < new // 2:
         high *= 2
     for _ in range(60):
