@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# Every check that waits for a GPU, in one call under ten minutes on a machine without network; results go to $OUT.
+# Every check that waits for a GPU, in calls under ten minutes on a machine without network; results go to $OUT.
+#
+#   bash benchmarks/device.sh steps      # time and memory of a step against resolution
+#   bash benchmarks/device.sh run        # a whole run: automatic choices, bf16, resume, k-NN
+#   bash benchmarks/device.sh methods    # every method trains there
 #
 # Before the call, on a machine with a package registry, put beside the tree what that machine lacks:
 #   pip download -q --no-deps -d .device/wheels timm lightning-fabric lightning-utilities simplejpeg tifffile safetensors
@@ -13,14 +17,14 @@ export PYTHONPATH=src:.device/site
 python3 -m pip install -q --no-index --no-deps --target .device/site .device/wheels/*.whl
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/hardware.txt"
 python3 -c "import torch; print('torch', torch.__version__)" | tee -a "$out/hardware.txt"
+[ "$1" = steps ] || [ -d .device/imagenette ] || python3 -m zipfile -e .device/imagenette.zip .device/imagenette
 
-# 1. A step costs the windows, not the image: time and peak memory at 224, 448 and 896 px.
-python3 benchmarks/resolution.py --device cuda --images 256 --steps 20 | tee "$out/resolution.md"
-python3 benchmarks/resolution.py --device cuda --images 256 --steps 20 --mask-layer 8 | tee "$out/resolution-late.md"
-
-# 2. A run on a GPU goes through: automatic choices, bf16, pinned transfers, resume, k-NN rising.
-if [ -f .device/imagenette.zip ]; then
-    python3 -m zipfile -e .device/imagenette.zip .device/imagenette
+case $1 in
+steps) # A step costs the windows, not the image: at 224, 448 and 896 px.
+    python3 benchmarks/resolution.py --device cuda --images 256 --steps 20 | tee "$out/resolution.md"
+    python3 benchmarks/resolution.py --device cuda --images 256 --steps 20 --mask-layer 8 | tee "$out/resolution-late.md"
+    ;;
+run) # A run on a GPU goes through: automatic choices, bf16, pinned transfers, resume, k-NN rising.
     common="--data .device/imagenette/train --eval-data .device/imagenette --model small --image-size 112 --patch-size 8"
     timeout 240 python3 -m lomar pretrain $common --mask-layer 10 --epochs 40 --batch-size 256 --out "$out/late" || true
     timeout 60 python3 -m lomar pretrain --out "$out/late" --resume || true
@@ -28,19 +32,18 @@ if [ -f .device/imagenette.zip ]; then
     cp "$out/late/metrics.jsonl" "$out/late-metrics.jsonl"
     cp "$out/late/figures/curves.png" "$out/late-curves.png"
     rm -rf "$out/late"
-
-    # 3. Every method trains there: images a second, and the same loss on a second start (drop path, blocks, tokens).
-    timeout 90 python3 -m lomar tokenizer train --data .device/imagenette/train --out "$out/tokenizer.safetensors" \
+    ;;
+methods) # Every method trains: losses and images a second of twenty steps; a tokenizer of three hundred.
+    timeout 120 python3 -m lomar tokenizer train --data .device/imagenette/train --out "$out/tokenizer.safetensors" \
         --max-steps 300 --width 64 --vocab 1024 || true
+    mkdir -p .device/runs
     for method in lomar lomar-late mae beit beit-lomar; do
         given=""
         case $method in beit*) given="--tokenizer $out/tokenizer.safetensors" ;; esac
         timeout 60 python3 -m lomar pretrain --data .device/imagenette/train --method "$method" --model base $given \
-            --image-size 112 --patch-size 8 --batch-size 256 --max-steps 20 --out "$out/run-$method" || true
-        cp "$out/run-$method/metrics.jsonl" "$out/$method-metrics.jsonl" || true
-        rm -rf "$out/run-$method"
+            --image-size 112 --patch-size 8 --batch-size 256 --max-steps 20 --out ".device/runs/$method" || true
     done
-    rm -f "$out/tokenizer.safetensors"
-    # One file, since only a few come back.
-    (cd "$out" && tar -czf methods.tar.gz -- *-metrics.jsonl && rm -- *-metrics.jsonl)
-fi
+    tar -czf "$out/methods.tar.gz" .device/runs/*/metrics.jsonl .device/runs/*/train.log "$out"/tokenizer.jsonl
+    rm -rf .device/runs "$out/tokenizer.safetensors"
+    ;;
+esac

@@ -109,7 +109,7 @@ REFUSED = {
     "--window-size 3 --mask blockwise --mask-layer 1": "which --mask-layer 1 cannot have; take --mask uniform",
     "--method mae --decoder-width 30 --decoder-heads 4": "--decoder-width 30 is not a multiple of --decoder-heads 4",
     "--method mae --decoder-width 6 --decoder-heads 2": "--decoder-width is 6",
-    "--position sincos --model 18x2x2 --window-size 3": "--position sincos needs widths that 4 divides; --model is 18x2x2",
+    "--position sincos --model 18x2x2 --window-size 3": "needs widths that 4 divides; --model is 18x2x2",
     "--model 18x2x4": "--model '18x2x4': a width of 18 is not a multiple of 4 heads",
 }
 
