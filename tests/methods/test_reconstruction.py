@@ -15,14 +15,14 @@ from lomar.data.loader import SampleKey
 from lomar.methods.architectures import Architecture, EncoderDecoder, MaskedEncoder, Stage, View
 from lomar.methods.composition import Composition
 from lomar.methods.masks import BlockwiseMask, KeptMask, UniformMask
-from lomar.methods.recipes import RECIPES
+from lomar.methods.recipes import RECIPES, compose
 from lomar.methods.reconstruction import MaskedReconstruction, ViewsAndMask
 from lomar.methods.targets import TARGETS, VisualTokens, patchify, unpatchify
 from lomar.methods.tokenizer import DiscreteVAE
 from lomar.methods.views import LocalWindows, WholeImage
 from lomar.model import Encoder
 from lomar.model.positions import grid_coordinates
-from lomar.model.transformer import POSITIONS
+from lomar.model.transformer import POSITIONS, Block
 
 DEPTH, PATCH, SIDE, CHANNELS = 5, 2, 3, 2
 GRID, IMAGES = (7, 11), 3
@@ -489,3 +489,22 @@ def test_a_composition_survives_its_plain_form(name: str) -> None:
     there = replace(RECIPES[name].composition(name), window_layout="released")
     back = Composition.from_dict(json.loads(json.dumps(there.to_dict())))
     assert back == there
+
+
+@pytest.mark.parametrize("name", ["lomar", "lomar-late", "mae", "beit", "fig5-ape-7", "fig5-decoder-7"])
+def test_what_blocks_add_up_to_is_float32_under_autocast_in_every_method(name: str) -> None:
+    """Else rounding would tell methods apart (SPEC.md, A.2: tokens are float32 even under autocast)."""
+    values = dict(RECIPES[name].options) | {"method": name, "model": "16x2x2", "image_size": 56, "patch_size": 8}
+    values |= {"batch_size": 2, "mask_layer": int(name == "lomar-late"), "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    values |= {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
+    method = compose(values, vocab=16, scale=255.0).build()
+    seen = []
+    for module in method.modules():
+        if isinstance(module, Block):
+            module.register_forward_hook(lambda block, given, out: seen.extend([given[0].dtype, out.dtype]))
+    drawn = method.draw(0)(SampleKey(0, 0, 0, 0))
+    windows = torch.zeros(len(drawn["corners"]), 3, *(8 * side for side in method.views.size))
+    with torch.autocast("cpu", torch.bfloat16):
+        method.predict(windows, drawn["corners"], drawn["hidden"])
+        method.architecture.encoder(torch.zeros(1, 3, 56, 56))
+    assert set(seen) == {torch.float32}

@@ -95,7 +95,12 @@ def _cpu_has_bf16() -> bool:
 
 
 def choose(
-    given: Mapping[str, Any], count: int, short_side_px: int, fmt: PixelFormat, hw: Hardware
+    given: Mapping[str, Any],
+    count: int,
+    short_side_px: int,
+    fmt: PixelFormat,
+    hw: Hardware,
+    paper_lr: float = PAPER_BASE_LR,
 ) -> dict[str, Choice]:
     """Name -> choice for each automatic option that is not in `given`.
 
@@ -105,6 +110,7 @@ def choose(
         short_side_px: median shorter side of the images.
         fmt: their channels and type.
         hw: where the run computes.
+        paper_lr: base rate of the method's full run.
     """
     gpu = hw.device == "cuda"
     choices: dict[str, Choice] = {}
@@ -120,7 +126,9 @@ def choose(
     settle("channels", fmt.channels, f"the images have {fmt.channels}")
     pixel_type = settle("pixel_type", fmt.dtype, "the images'")
     channels = given.get("channels", fmt.channels)
-    if channels == 3 and pixel_type == "uint8":
+    if "mean" in given and "std" in given:
+        settle("statistics", "data", "")
+    elif channels == 3 and pixel_type == "uint8":
         settle("statistics", "imagenet", "8-bit colour")
     else:
         settle("statistics", "data", f"{channels} channels of {pixel_type}: estimated from the images")
@@ -134,10 +142,8 @@ def choose(
     settle("image_size", *image_size)
     settle("patch_size", *patch_size)
     batch = settle("batch_size", *_batch_size(count, gpu))
-    rate = min(8e-3, max(PAPER_BASE_LR, SHORT_RUN_LR * 256 / batch))
-    reason = (
-        "the paper's" if rate == PAPER_BASE_LR else f"{rate * batch / 256:.1e} a step; the paper's is for long runs"
-    )
+    rate = min(8e-3, max(paper_lr, SHORT_RUN_LR * 256 / batch))
+    reason = "the paper's" if rate == paper_lr else f"{rate * batch / 256:.1e} a step; the paper's is for long runs"
     settle("base_lr", float(f"{rate:.3g}"), reason)
     if "max_steps" in given:
         choices["epochs"] = Choice(None, "--max-steps is given")

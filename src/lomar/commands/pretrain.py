@@ -34,7 +34,7 @@ from lomar.interop.tokenizers import save_tokenizer
 from lomar.interop.weights import ENCODER_FILE, RECONSTRUCTOR_FILE, save_encoder, save_reconstructor
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.options import PretrainOptions, convert, fields_of, suggestion
-from lomar.training.loop import Course, StopRequest, Trainer, process_count
+from lomar.training.loop import CHECKPOINT, Course, StopRequest, Trainer, process_count
 from lomar.training.optim import Schedule, adamw
 from lomar.training.records import Display, Metrics, close_log, open_log
 
@@ -69,26 +69,27 @@ def pretrain(**options: Any) -> Path:
     for name in options:
         if name not in fields_of(PretrainOptions):
             raise UserError(f"there is no option {name!r}{suggestion(name, list(fields_of(PretrainOptions)))}")
-    asked = asked_for({name: convert(PretrainOptions, name, value) for name, value in options.items()})
-    status = _run(asked)
+    given = {name: convert(PretrainOptions, name, value) for name, value in options.items()}
+    status = _run(given)
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     if status:
         raise SystemExit(status)
-    return Path(asked["out"])
+    return Path(options["out"])
 
 
 def command(given: Mapping[str, Any]) -> int:
     """Run `lomar pretrain` with the options that were given; returns the exit status."""
-    return _run(asked_for(given))
+    return _run(given)
 
 
-def _run(asked: dict[str, Any]) -> int:
+def _run(given: Mapping[str, Any]) -> int:
+    asked = asked_for(given)
     if "out" not in asked:
         raise UserError("--out is missing: the folder in which to make the run")
     run = Path(asked["out"])
     resume = bool(asked.get("resume"))
-    settled = (settle_again if resume else settle)(asked, run)
+    settled = settle_again(asked, run) if resume else settle(asked, run, typed=given)
     options, notes = settled.options, settled.notes
     labelled = None
     if options.eval_data:
@@ -98,7 +99,7 @@ def _run(asked: dict[str, Any]) -> int:
     fabric = _fabric(settled)
     torch.manual_seed(options.seed)
     method = settled.build()
-    if options.init and not resume:
+    if options.init and not (run / CHECKPOINT).exists():  # a run killed before its first one begins with them again
         notes += initialise(method, options.init)
     _begin(fabric, run, settled, resume)
     try:

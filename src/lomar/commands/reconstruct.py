@@ -27,7 +27,12 @@ def command(given: Mapping[str, Any]) -> int:
         raise UserError(f"--out is {options.out}; it must end in .png")
     method, composition = load_reconstructor(options.model)
     if isinstance(method.target, VisualTokens):
-        method.target.attach(load_tokenizer(_folder(options.model) / TOKENIZER_FILE))
+        tokenizer = _folder(options.model) / TOKENIZER_FILE
+        if not tokenizer.exists():
+            raise UserError(
+                f"--model {options.model} predicts tokens; to draw them, put its run's {tokenizer.name} beside it"
+            )
+        method.target.attach(load_tokenizer(tokenizer))
     try:
         methods = [composition.with_mask_ratio(method, ratio) for ratio in options.mask_ratios]
     except ValueError as error:

@@ -4,7 +4,7 @@ Every option that does not fit the data, the hardware or another option is refus
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from lomar.errors import UserError
 from lomar.interop.initial import initial_options
 from lomar.interop.tokenizers import load_tokenizer
 from lomar.methods.composition import Composition
-from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES, Recipe, compose
+from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES, VIEWS_OF_WINDOW, Recipe, compose
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.methods.targets import TARGETS, VisualTokens
 from lomar.methods.tokenizer import STRIDE, DiscreteVAE
@@ -90,22 +90,35 @@ def pixel_format(options: PretrainOptions) -> PixelFormat:
 def asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
     """What flags and --config ask for; "auto" asks for nothing."""
     config = read_config(given["config"], PretrainOptions) if given.get("config") else {}
+    if "method" in config and given.get("method", config["method"]) != config["method"]:
+        raise UserError(
+            f"--config {given['config']} is of {config['method']}, which --method {given['method']} would only rename"
+        )
     automatic = {name for name, f in fields_of(PretrainOptions).items() if f.metadata["auto"] == AUTO}
-    return {
+    asked = {
         name: value
         for name, value in _merged(config, given).items()
         if value is not None and not (name in automatic and value == "auto")
     }
+    for name in ("data", "eval_data", "init", "tokenizer"):  # the run may be resumed from another folder
+        if name in asked and asked[name] != "sample":
+            asked[name] = os.path.abspath(asked[name])  # noqa: PTH100 (links stay as they are)
+    return asked
 
 
-def settle(asked: Mapping[str, Any], run: Path) -> Settled:
+def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> Settled:
     """A new run: what was asked for (flag, then --config), then the recipe, then --init, then automatic choices.
+
+    Args:
+        asked: from flags and --config.
+        run: its folder.
+        typed: the flags among them, which must mean something; a configuration may be of more than is used.
 
     Raises:
         UserError: something is missing, wrong, or does not fit the rest.
     """
     recipe = _recipe(asked.get("method", "lomar"))
-    typed = set(asked)
+    wanted = set(asked)
     asked = _merged(recipe.options, asked)
     if "data" not in asked:
         raise UserError("--data is missing: a folder of images, a .txt file of paths, or 'sample'")
@@ -113,23 +126,22 @@ def settle(asked: Mapping[str, Any], run: Path) -> Settled:
         raise UserError(f"--out {run} already holds a run; --resume goes on with it, --overwrite deletes it")
     if run.exists() and not run.is_dir():
         raise UserError(f"--out {run} is a file; it must be a folder")
-    if not asked["window_size"] and "views" not in typed:
-        asked["views"] = 1
+    _check_meant(asked, typed)
     if "model" in asked:
         _size(asked["model"])
     hardware = find_hardware(asked.get("device", "auto"), process_count())
-    for name in ("data", "eval_data", "init", "tokenizer"):  # the run may be resumed from another folder
-        if name in asked and asked[name] != "sample":
-            asked[name] = os.path.abspath(asked[name])  # noqa: PTH100 (links stay as they are)
     tokenizer = _tokenizer(asked)
     initial = initial_options(asked["init"]) if "init" in asked else {}
     asked = initial | asked
     source = open_source(asked["data"])
     share = asked.get("max_bad_share", fields_of(PretrainOptions)["max_bad_share"].default)
     found = survey(source, max_bad_share=share, channels=asked.get("channels"))
-    choices = choose(asked, found.count, found.median_short_side_px, found.format, hardware)
+    choices = choose(asked, found.count, found.median_short_side_px, found.format, hardware, recipe.full["base_lr"])
     values = {key: choice.value for key, choice in choices.items()} | asked
-    choices |= {key: Choice(value, "the --init file's") for key, value in initial.items() if key not in typed}
+    choices |= {key: Choice(value, "the --init file's") for key, value in initial.items() if asked[key] == value}
+    fitted = _fitted(values, wanted)
+    values |= {key: choice.value for key, choice in fitted.items()}
+    choices |= fitted
     if found.format.dtype == "float32" and values["pixel_type"] != "float32":
         raise UserError(f"--pixel-type is {values['pixel_type']}; images of float32 can be read as float32 alone")
     fmt = PixelFormat(values["channels"], values["pixel_type"])
@@ -153,9 +165,44 @@ def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any
     """`upper` over `lower`; what is given higher up also beats its rivals: steps and epochs, statistics and numbers."""
     if "epochs" in upper and "max_steps" in upper and upper["epochs"] is not None and upper["max_steps"] is not None:
         raise UserError("--epochs and --max-steps are both given; give one")
-    beaten = {"epochs": {"max_steps"}, "max_steps": {"epochs"}, "statistics": {"mean", "std"}}
+    length = {"epochs", "max_steps", "warmup_epochs"}  # of a run: a warm-up is for the length it was given with
+    beaten = {"epochs": length, "max_steps": length, "statistics": {"mean", "std"}}
     rivals = {rival for name, names in beaten.items() if upper.get(name) is not None for rival in names}
     return {key: value for key, value in lower.items() if key not in rivals} | dict(upper)
+
+
+def _check_meant(asked: Mapping[str, Any], typed: Collection[str]) -> None:
+    """Refuse flags for parts that the method does not have."""
+    lacks = {
+        "--architecture encoder-decoder": (
+            asked["architecture"] != "encoder-decoder",
+            ("decoder_width", "decoder_depth", "decoder_heads"),
+        ),
+        "--mask blockwise": (asked["mask"] != "blockwise", ("mask_min_block",)),
+        "windows (--window-size)": (not asked["window_size"], ("window_layout",)),
+    }
+    for part, (lacking, names) in lacks.items():
+        for name in names:
+            if lacking and name in typed:
+                raise UserError(f"{flag(name)} is for {part}, which this method does not have")
+
+
+def _fitted(values: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Choice]:
+    """What a recipe says of one size, for the size that was asked for; `wanted` options stay as they are."""
+    choices = {}
+    side = values["window_size"]
+    views = VIEWS_OF_WINDOW.get(side, max(1, round(196 / side**2))) if side else 1
+    if "views" not in wanted and "window_size" in wanted and (values["views"] == 1) != (views == 1):
+        reason = "about as many visible patches as in Table 4" if side else ""
+        choices["views"] = Choice(views, reason)
+    patches = (side or values["image_size"] // values["patch_size"]) ** 2
+    smallest = max(1, round(16 * patches / 196))
+    if values["mask"] == "blockwise" and "mask_min_block" not in wanted and values["mask_min_block"] > smallest:
+        choices["mask_min_block"] = Choice(smallest, f"BEiT's 16 of 196, for views of {patches}")
+    large = _size(values["model"])[0] >= SIZES["large"][0]
+    if values["transformer"] == "beit" and values["layer_scale"] == 0.1 and large and "layer_scale" not in wanted:
+        choices["layer_scale"] = Choice(1e-5, "BEiT's for a large encoder")
+    return choices
 
 
 def _recipe(name: str) -> Recipe:
@@ -298,6 +345,11 @@ def _check_views(values: Mapping[str, Any], grid: int) -> None:
         raise UserError(
             f"--mask-ratio {ratio} hides {hidden} of the {patches} patches of a {'window' if window else 'view'}; "
             "it must hide some and leave some"
+        )
+    if values["mask"] == "blockwise" and values["mask_min_block"] > hidden:
+        raise UserError(
+            f"--mask-min-block {values['mask_min_block']} is more than the {hidden} patches that "
+            f"--mask-ratio {ratio} hides of a view"
         )
     if window and values["window_layout"] == "released" and values["views"] > grid - window + 1:
         raise UserError(

@@ -394,7 +394,10 @@ def _resized(pixels: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _resized_by_lanczos(pixels: np.ndarray, size: Size) -> np.ndarray:
-    """(h, w, c) -> (c, rows, columns) of the same type, by Pillow, a channel at a time."""
+    """(h, w, c) -> (c, rows, columns) of the same type, by Pillow, a channel at a time but for 8-bit colour."""
+    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
+        image = PIL.Image.fromarray(pixels).resize(size[::-1], PIL.Image.Resampling.LANCZOS)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
     mode = np.uint8 if pixels.dtype == np.uint8 else np.float32
     channels = [
         np.asarray(PIL.Image.fromarray(channel).resize(size[::-1], PIL.Image.Resampling.LANCZOS))

@@ -83,7 +83,7 @@ class MaskedEncoder(nn.Module):
         x = encoder.prepend_cls(encoder.place(encoder.embed_patches(view.visible), view.visible_at))
         if self.mask_layer:
             x = encoder.run_blocks(x, encoder.relate(view.visible_at), last=self.mask_layer, paths=paths)
-        masks = self.mask_token.to(x.dtype).expand(*view.hidden_at.shape[:2], -1)
+        masks = self.mask_token.expand(*view.hidden_at.shape[:2], -1)
         if view.spared is not None:
             patches, is_visible = view.spared
             masks = torch.where(is_visible[..., None], encoder.embed_patches(patches), masks)
@@ -146,8 +146,8 @@ class EncoderDecoder(nn.Module):
         encoder, decoder = self.encoder, self.decoder
         x = encoder.prepend_cls(encoder.place(encoder.embed_patches(view.visible), view.visible_at))
         x = encoder.norm(encoder.run_blocks(x, encoder.relate(view.visible_at), paths=paths))
-        x = self.decoder_embed(x)
-        masks = self.mask_token.to(x.dtype).expand(*view.hidden_at.shape[:2], -1)
+        x = self.decoder_embed(x).to(self.mask_token.dtype)
+        masks = self.mask_token.expand(*view.hidden_at.shape[:2], -1)
         coordinates = torch.cat([view.visible_at, view.hidden_at], dim=1)
         patches = decoder.place(torch.cat([x[:, 1:], masks], dim=1), coordinates)
         x = torch.cat([decoder.place_cls(x[:, :1]), patches], dim=1)  # (R, 1 + N, width)

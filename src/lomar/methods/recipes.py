@@ -203,15 +203,17 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def _rows(base: str, epochs_of: Mapping[int, tuple[str, int]], warmup_epochs: float | None = None) -> dict[str, Recipe]:
-    """The shorter runs of a method in Tables 1 and 3: epochs -> result and hours."""
+def _rows(
+    paper: str, base: str, epochs_of: Mapping[int, tuple[str, int]], warmup_epochs: float | None = None
+) -> dict[str, Recipe]:
+    """The shorter runs of a method in one of the paper's tables: epochs -> result and hours."""
     recipe = RECIPES[base]
     return {
         f"{base}-{epochs}e": Recipe(
-            recipe.paper,
+            paper,
             f"{base} for {epochs} epochs",
-            dict(recipe.options) | _course(epochs, warmup_epochs),
-            {k: v for k, v in recipe.full.items() if k not in ("epochs", "warmup_epochs")},
+            recipe.options,
+            dict(recipe.full) | _course(epochs, warmup_epochs),
             result,
             hours,
         )
@@ -219,9 +221,9 @@ def _rows(base: str, epochs_of: Mapping[int, tuple[str, int]], warmup_epochs: fl
     }
 
 
-RECIPES |= _rows("lomar", {300: ("83.3", 49), 400: ("83.6", 66), 800: ("83.8 (85.2 at 384)", 132)})
-RECIPES |= _rows("mae", {400: ("83.1", 58), 800: ("83.3", 116)}, warmup_epochs=40)
-RECIPES |= _rows("beit", {300: ("82.8", 107)}, warmup_epochs=10)
+RECIPES |= _rows("Table 1", "lomar", {300: ("83.3", 49), 400: ("83.6", 66), 800: ("83.8 (85.2 at 384)", 132)})
+RECIPES |= _rows("Table 1", "mae", {400: ("83.1", 58), 800: ("83.3", 116)}, warmup_epochs=40)
+RECIPES |= _rows("Table 3", "beit", {300: ("82.8", 107)}, warmup_epochs=10)
 
 RECIPES |= {
     f"{base}-{px}": Recipe(

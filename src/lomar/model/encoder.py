@@ -160,21 +160,21 @@ class Encoder(Transformer):
             patches: (R, N, P * P * C), pixels in order (row, column, channel).
 
         Returns:
-            (R, N, D).
+            (R, N, D), in the weights' own type under autocast too, as in the released LoMaR, MAE and BEiT: what the
+            blocks add up to is not rounded.
         """
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P * P * C)
-        return nn.functional.linear(patches, weight, self.patch_embed.proj.bias)
+        return nn.functional.linear(patches, weight, self.patch_embed.proj.bias).to(weight.dtype)
 
     def prepend_cls(self, tokens: Tensor) -> Tensor:
         """(R, N, D) patch tokens -> (R, 1 + N, D) with the cls token first."""
-        cls_token = self.place_cls(self.cls_token).to(tokens.dtype)
-        return torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return torch.cat([self.place_cls(self.cls_token).expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def _tokens(self, images: Tensor) -> tuple[Tensor, Relation]:
         """(B, C, height, width) -> tokens (B, 1 + N, D) and what the blocks need to know of their positions."""
         extent = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
         coordinates = grid_coordinates(*extent, images.device)[None]
-        tokens = self.place(self.patch_embed(images), coordinates, extent)
+        tokens = self.place(self.patch_embed(images).to(self.cls_token.dtype), coordinates, extent)
         return self.prepend_cls(tokens), self.relate(coordinates, extent)
 
     def forward_features(self, x: Tensor) -> Tensor:

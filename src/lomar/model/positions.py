@@ -21,6 +21,7 @@ REACH = int(BETA)  # farthest index per axis: 3
 SIDE = 2 * REACH + 1  # indices per axis: 7
 CLS_BUCKET = SIDE * SIDE  # 49: any pair with the cls token in it
 BUCKETS = CLS_BUCKET + 1
+_MERGED = 3  # from this distance on the index is one less than the distance: 3 shares that of 2
 _SATURATION = 4  # from this distance on the index is REACH; far positions reuse near ones' vectors
 
 
@@ -53,13 +54,12 @@ def contextual_buckets(coordinates: Tensor) -> Tensor:
 
     Source: LoMaR section 3.2 "Relative positional encoding"; "product" method of Wu et al. 2021.
     """
-    near = range(-_SATURATION, _SATURATION + 1)
-    index = torch.tensor([piecewise_index(d) + REACH for d in near], device=coordinates.device)
 
     def along(axis: int) -> Tensor:
         position = coordinates[..., axis]
-        delta = position[:, :, None] - position[:, None, :]  # (R, N, N)
-        return index[delta.clamp(-_SATURATION, _SATURATION) + _SATURATION]
+        delta = (position[:, :, None] - position[:, None, :]).clamp(-_SATURATION, _SATURATION)  # (R, N, N)
+        # `piecewise_index` in arithmetic: a table would have to be copied to the device at every step.
+        return delta.sign() * (delta.abs() - (delta.abs() >= _MERGED).long()) + REACH
 
     return nn.functional.pad(SIDE * along(0) + along(1), (1, 0, 1, 0), value=CLS_BUCKET)
 

@@ -120,11 +120,11 @@ class Transformer(nn.Module):
             return tokens
         grid = extent or self.grid
         table = resize_absolute(self.pos_embed, self.grid, grid)[0, 1:]
-        return tokens + table[coordinates[..., 0] * grid[1] + coordinates[..., 1]].to(tokens.dtype)
+        return tokens + table[coordinates[..., 0] * grid[1] + coordinates[..., 1]]
 
     def place_cls(self, cls_token: Tensor) -> Tensor:
         """A cls token (R, 1, D) with its absolute position added, where there is any."""
-        return cls_token if self.pos_embed is None else cls_token + self.pos_embed[:, :1].to(cls_token.dtype)
+        return cls_token if self.pos_embed is None else cls_token + self.pos_embed[:, :1]
 
     def relate(self, coordinates: Tensor, extent: Grid | None = None) -> Relation:
         """What the blocks need to know of relative positions.
@@ -134,7 +134,9 @@ class Transformer(nn.Module):
             extent: (rows, columns) of a whole image that they fill, if it may be more than in pretraining.
         """
         if self.rel_pos_bias is not None:
-            return self.rel_pos_bias(self.rel_pos_bias.relate(coordinates, extent))
+            bias = self.rel_pos_bias(self.rel_pos_bias.relate(coordinates, extent))
+            device = bias.device.type  # once for all blocks, which would each keep a copy of their own
+            return bias.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else bias
         return self.blocks[0].attn.relate(coordinates, extent)  # type: ignore[union-attr,operator]
 
     def run_blocks(

@@ -23,6 +23,7 @@ from lomar.training.records import Display, Metrics, Row, TensorBoard
 
 # Rows wait this many steps at most: one look at the device for several steps, and little to lose.
 BUFFERED_STEPS = 10
+CHECKPOINT = Path("checkpoints", "last.pt")  # in the run's folder
 EVALUATION_SHARE = 0.1  # of the run's time, unless an interval is asked for
 
 
@@ -164,7 +165,7 @@ class Trainer:
         self.model, self.optimizer = fabric.setup(method, optimizer)
         self.course = course
         self.batches = batches
-        self.checkpoint = run / "checkpoints" / "last.pt"
+        self.checkpoint = run / CHECKPOINT
         self.display = display
         self.export = export
         self.evaluate = evaluate
@@ -286,7 +287,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
-        hidden: Tensor | int = 0
+        hidden = torch.zeros_like(loss_sum)
         names: list[str] = []
         waited_s = 0.0
         last = False
@@ -304,7 +305,7 @@ class Trainer:
                 self.fabric.backward(losses * (self.fabric.world_size / course.batch_size))
             loss_sum += losses.detach()
             hidden += count
-        loss_sum, hidden_sum = self._sum(torch.stack([loss_sum, torch.as_tensor(hidden).to(loss_sum)]))
+        loss_sum, hidden_sum = self._sum(torch.stack([loss_sum, hidden]))
         grad_norm = self._scale_gradients(course.batch_size / hidden_sum)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 def saved_bytes(forward: Callable[[], object]) -> int:
     """Bytes that autograd keeps for the backward pass of `forward`; storage kept twice counts once.
 
-    A count of tensors, so it is the same on every device.
+    A count of tensors on the CPU. A GPU may keep less: its attention with a learned bias need not keep probabilities.
     """
     kept: dict[int, int] = {}
 
