@@ -1,11 +1,14 @@
 """Every method through the command line: it trains, can be resumed exactly, drawn from and loaded."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import lomar as package
+from lomar.commands import settling
 from lomar.interop.tokenizers import save_tokenizer
 from lomar.methods.tokenizer import DiscreteVAE
 
@@ -110,6 +113,10 @@ REFUSED = {
     "--method mae --decoder-width 30 --decoder-heads 4": "--decoder-width 30 is not a multiple of --decoder-heads 4",
     "--method mae --decoder-width 6 --decoder-heads 2": "--decoder-width is 6",
     "--position sincos --model 18x2x2 --window-size 3": "needs widths that 4 divides; --model is 18x2x2",
+    "--window-size 3 --decoder-width 64": "--decoder-width is for --architecture encoder-decoder, which this method",
+    "--window-size 3 --mask-min-block 2": "--mask-min-block is for --mask blockwise, which this method does not have",
+    "--method mae --window-layout released": "--window-layout is for windows (--window-size), which this method does",
+    "--window-size 3 --mask blockwise --mask-min-block 8": "--mask-min-block 8 is more than the 7 patches",
     "--model 18x2x4": "--model '18x2x4': a width of 18 is not a multiple of 4 heads",
 }
 
@@ -130,3 +137,59 @@ def test_a_tokenizer_for_other_images_is_refused(lomar, words, photos, tmp_path:
     done = lomar(*words("beit"), "--tokenizer", tmp_path / "gray.safetensors", "--out", tmp_path / "run")
     assert done.status == 2
     assert "--tokenizer was made for images of 1 channels; these have 3" in done.err
+
+
+def config_of(run: Path) -> dict:
+    return yaml.safe_load((run / "config.yaml").read_text())
+
+
+def test_a_run_killed_before_its_first_checkpoint_still_begins_with_its_init(lomar, words, course, tmp_path) -> None:
+    first, run = tmp_path / "first", tmp_path / "run"
+    assert lomar(*words("lomar"), "--max-steps 2 --out", first).status == 0
+    assert lomar(*words("lomar"), "--seed 5 --max-steps 2 --init", first, "--out", run).status == 0
+    whole = course(run)
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").unlink()
+    assert lomar("pretrain --resume --out", run).status == 0
+    assert course(run) == whole
+
+
+def test_the_whole_command_may_be_repeated_to_resume(lomar, words, tmp_path: Path, monkeypatch) -> None:
+    """With the paths as they were typed."""
+    monkeypatch.chdir(tmp_path)
+    assert lomar(*words("lomar"), "--max-steps 2 --out first").status == 0
+    again = [*words("lomar"), "--max-steps 2 --init first --out run"]
+    assert lomar(*again).status == 0
+    done = lomar(*again, "--resume")
+    assert done.status == 0, done.err
+
+
+def test_a_warm_up_is_for_the_length_it_was_given_with(lomar, photos, tmp_path: Path, miniature, no_pictures) -> None:
+    """40 epochs of warm-up are the paper's for 1600, and not for the two steps asked for here."""
+    paper, run = tmp_path / "mae.yaml", tmp_path / "run"
+    paper.write_text(lomar("recipes mae-400e").out)
+    small = SMALL.replace("--warmup-epochs 1 ", "")
+    done = lomar("pretrain --config", paper, "--data", photos, small, METHODS["mae"], "--max-steps 2 --out", run)
+    assert done.status == 0, done.err
+    assert config_of(run)["warmup_epochs"] == pytest.approx(0.025 * 2 * 4 / 8)
+    done = lomar("pretrain --config", paper, "--method beit --data", photos, "--out", tmp_path / "other")
+    assert done.status == 2
+    assert "is of mae-400e, which --method beit would only rename" in done.err
+
+
+def test_what_a_recipe_says_of_one_size_is_fitted_to_another(lomar, words, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert lomar(*words("mae"), "--window-size 3 --max-steps 1 --out", run).status == 0
+    assert config_of(run)["views"] == 22  # 196 / 9: about as many patches as the whole image of the paper
+    run = tmp_path / "beit"
+    blocks = [word for word in words("beit") if word != METHODS["beit"]]
+    assert lomar(*blocks, "--max-steps 1 --out", run).status == 0
+    assert config_of(run)["mask_min_block"] == 1  # 16 of 196, of 16
+
+
+def test_layer_scale_of_a_large_beit_begins_small(tokenizer, photos, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(settling, "SIZES", {"large": (16, 3, 2)})
+    asked = {"method": "beit", "tokenizer": str(tokenizer), "data": str(photos), "model": "16x3x2", "out": "run"}
+    sizes = {"image_size": 32, "patch_size": 8, "batch_size": 4, "max_steps": 1, "micro_batch": 4}
+    assert settling.settle(asked | sizes, tmp_path / "run").options.layer_scale == 1e-5
+    assert settling.settle(asked | sizes | {"layer_scale": 0.1}, tmp_path / "run").options.layer_scale == 0.1
