@@ -328,6 +328,21 @@ def test_an_encoder_beside_a_decoder_sees_nothing_of_what_is_hidden(position: st
         assert torch.equal(latents[0], latents[1]) != (seen and position != "none")
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_visible_patch_among_the_hidden_ones_is_encoded_as_any_other(position: str) -> None:
+    """As blocks leave some: only what a patch shows and where it is counts, not the place of its token."""
+    architecture = small(position).architecture
+    assert isinstance(architecture, MaskedEncoder)
+    patches, at = torch.randn(2, 9, PATCH**2 * CHANNELS), grid_coordinates(SIDE, SIDE).expand(2, -1, -1)
+    is_visible = torch.tensor([True, True, False, False, False]).expand(2, -1)
+    with torch.no_grad():
+        before = architecture.encode(View(patches[:, :6], at[:, :6], at[:, 6:]))
+        among = architecture.encode(View(patches[:, :4], at[:, :4], at[:, 4:], (patches[:, 4:], is_visible)))
+        hidden = architecture.encode(View(patches[:, :4], at[:, :4], at[:, 4:]))
+    torch.testing.assert_close(among, before)
+    assert not torch.allclose(hidden, before, atol=1e-3)
+
+
 def test_drop_path_is_decided_by_the_numbers_in_the_batch() -> None:
     method = small(drop_path=0.5)
     inputs = batch(method)
@@ -335,7 +350,9 @@ def test_drop_path_is_decided_by_the_numbers_in_the_batch() -> None:
     with torch.no_grad():
         losses = [method(**inputs)[0] for _ in range(2)]
         other = method(**inputs | {"paths": inputs["paths"].flip(0)})[0]
+        parts = [method(**{name: tensor[part] for name, tensor in inputs.items()})[0] for part in ([0], [1, 2])]
     assert losses[0] == losses[1] != other
+    torch.testing.assert_close(sum(parts), losses[0])  # micro-batches do not matter
     assert "paths" not in batch(small())
 
 
@@ -455,6 +472,16 @@ def test_tokens_without_a_tokenizer_can_be_predicted_but_not_judged() -> None:
     assert method.reconstruct(pixels, corners, hidden, inputs["tokenised"]) is None
     with pytest.raises(ValueError, match="need a tokenizer"):
         method(**inputs)
+
+
+def test_a_tokenizer_is_no_part_of_a_methods_weights() -> None:
+    method, without = small(target="tokens"), small(target="tokens")
+    without.target = TARGETS["tokens"](16)
+    assert method.state_dict().keys() == without.state_dict().keys()
+    method.load_state_dict(without.state_dict())
+    without.load_state_dict(method.state_dict())
+    with pytest.raises(RuntimeError, match="mask_token"):
+        method.load_state_dict({k: v for k, v in without.state_dict().items() if "mask_token" not in k})
 
 
 def test_windows_masks_and_drop_path_are_drawn_apart() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lomar.data.loader import SampleKey
-from lomar.methods.views import LocalWindows, ReleasedWindows, local_windows, released_windows
+from lomar.methods.views import LocalWindows, ReleasedWindows, WholeImage, local_windows, released_windows
 from lomar.seeding import seeded
 
 
@@ -64,6 +64,12 @@ def test_a_sample_draws_the_same_windows_wherever_it_stands() -> None:
     for other in (SampleKey(4, 5, 0, 0), SampleKey(3, 6, 0, 0)):
         assert not torch.equal(here, views.corners(other, seed=1))
     assert not torch.equal(here, views.corners(SampleKey(3, 5, 0, 0), seed=2))
+
+
+def test_the_whole_image_is_one_view_of_its_own_shape() -> None:
+    views = WholeImage((7, 11))
+    assert (views.size, views.count) == ((7, 11), 1)
+    assert corners_of_batch(views, 3).tolist() == [[[0, 0]]] * 3
 
 
 @given(st.integers(1, 40), st.integers(1, 8))
