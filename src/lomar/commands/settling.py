@@ -149,7 +149,7 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
     mean, std = _statistics(values, source, fmt)
     values.setdefault("mean", mean)
     values.setdefault("std", std)
-    _check_statistics(values)
+    check_per_channel(values, "mean", "std")
     values.setdefault("warmup_epochs", WARMUP_SHARE * _epochs(values, found.count))
     values["micro_batch"] = values.get("micro_batch", 1)
     settled = Settled(PretrainOptions(**values), source, hardware, tokenizer)
@@ -241,7 +241,7 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     _check_target(options.target)
     tokenizer = load_tokenizer(run / TOKENIZER_FILE) if options.target == "tokens" else None
     _check_fit(asdict(options), tokenizer)
-    _check_statistics(asdict(options))
+    check_per_channel(asdict(options), "mean", "std")
     hardware = find_hardware(options.device, process_count())
     settled = Settled(options, open_source(options.data), hardware, tokenizer)
     _check_parts(settled)
@@ -367,8 +367,9 @@ def _check_parts(settled: Settled) -> None:
         raise UserError(f"these options do not make a method: {error}") from None
 
 
-def _check_statistics(values: Mapping[str, Any]) -> None:
-    for name in ("mean", "std"):
+def check_per_channel(values: Mapping[str, Any], *names: str) -> None:
+    """Refuse options that have not one number for each channel."""
+    for name in names:
         if len(values[name]) != values["channels"]:
             raise UserError(
                 f"{flag(name)} has {len(values[name])} numbers; the images have {values['channels']} channels"

@@ -11,6 +11,7 @@ import torch
 
 from lomar.commands.automatic import Choice, Hardware, find_hardware
 from lomar.commands.panels import central_crops
+from lomar.commands.settling import check_per_channel
 from lomar.data.decode import PixelFormat
 from lomar.data.sources import ImageSource, open_source
 from lomar.data.survey import Survey, spread, survey
@@ -214,11 +215,7 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
 
 
 def _check_range(values: Mapping[str, Any]) -> None:
-    for name in ("black", "white"):
-        if len(values[name]) != values["channels"]:
-            raise UserError(
-                f"{flag(name)} has {len(values[name])} numbers; the images have {values['channels']} channels"
-            )
+    check_per_channel(values, "black", "white")
     for low, high in zip(values["black"], values["white"], strict=True):
         if low >= high:
             raise UserError(f"--black is {low:g} where --white is {high:g}; it must be less")

@@ -80,7 +80,7 @@ class MaskedEncoder(nn.Module):
     def encode(self, view: View, paths: Tensor | None = None) -> Tensor:
         """(R, 1 + N, D): cls, visible and hidden tokens after the final norm; arguments as for `forward`."""
         encoder = self.encoder
-        x = encoder.prepend_cls(encoder.place(encoder.embed_patches(view.visible), view.visible_at))
+        x = encoder.embed(view.visible, view.visible_at)
         if self.mask_layer:
             x = encoder.run_blocks(x, encoder.relate(view.visible_at), last=self.mask_layer, paths=paths)
         masks = self.mask_token.expand(*view.hidden_at.shape[:2], -1)
@@ -144,7 +144,7 @@ class EncoderDecoder(nn.Module):
     def decode(self, view: View, paths: Tensor | None = None) -> Tensor:
         """(R, 1 + N, width): cls, visible and hidden tokens after the decoder's norm; arguments as for `forward`."""
         encoder, decoder = self.encoder, self.decoder
-        x = encoder.prepend_cls(encoder.place(encoder.embed_patches(view.visible), view.visible_at))
+        x = encoder.embed(view.visible, view.visible_at)
         x = encoder.norm(encoder.run_blocks(x, encoder.relate(view.visible_at), paths=paths))
         x = self.decoder_embed(x).to(self.mask_token.dtype)
         masks = self.mask_token.expand(*view.hidden_at.shape[:2], -1)

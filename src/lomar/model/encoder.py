@@ -166,6 +166,18 @@ class Encoder(Transformer):
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P * P * C)
         return nn.functional.linear(patches, weight, self.patch_embed.proj.bias).to(weight.dtype)
 
+    def embed(self, patches: Tensor, coordinates: Tensor) -> Tensor:
+        """Tokens of some patches of an image, cls first, with their absolute positions where there are any.
+
+        Args:
+            patches: (R, N, P * P * C), pixels in order (row, column, channel).
+            coordinates: int64 (R or 1, N, 2).
+
+        Returns:
+            (R, 1 + N, D).
+        """
+        return self.prepend_cls(self.place(self.embed_patches(patches), coordinates))
+
     def prepend_cls(self, tokens: Tensor) -> Tensor:
         """(R, N, D) patch tokens -> (R, 1 + N, D) with the cls token first."""
         return torch.cat([self.place_cls(self.cls_token).expand(tokens.shape[0], -1, -1), tokens], dim=1)
