@@ -1,0 +1,54 @@
+"""Every command's options: one frozen dataclass each, and how text becomes their values.
+
+No heavy import here: `lomar --help` reads these files alone.
+"""
+
+from lomar.options.downstream import (
+    EmbedOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    KnnOptions,
+    MapOptions,
+    PredictOptions,
+    ProbeOptions,
+)
+from lomar.options.fields import (
+    AUTO,
+    LARGEST_SEED,
+    convert,
+    fields_of,
+    flag,
+    kind_of,
+    option,
+    read_config,
+    suggestion,
+)
+from lomar.options.pictures import AttentionOptions, ReconstructOptions
+from lomar.options.pretraining import PretrainOptions, RecipesOptions, TokenizerOptions
+from lomar.options.weights import ConvertOptions, ExportOptions
+
+__all__ = [
+    "AUTO",
+    "LARGEST_SEED",
+    "AttentionOptions",
+    "ConvertOptions",
+    "EmbedOptions",
+    "EvaluateOptions",
+    "ExportOptions",
+    "FinetuneOptions",
+    "KnnOptions",
+    "MapOptions",
+    "PredictOptions",
+    "PretrainOptions",
+    "ProbeOptions",
+    "RecipesOptions",
+    "ReconstructOptions",
+    "TokenizerOptions",
+    "convert",
+    "fields_of",
+    "flag",
+    "kind_of",
+    "option",
+    "read_config",
+    "suggestion",
+]

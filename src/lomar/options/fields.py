@@ -1,0 +1,179 @@
+"""What an option is, and how text, YAML or Python becomes its value."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lomar.errors import UserError
+
+AUTO = "chosen from the data and the hardware"
+LARGEST_SEED = 2**32 - 1  # every generator takes it
+
+
+def option(
+    text: str,
+    *,
+    default: Any = MISSING,
+    auto: str = "",
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    metavar: str = "",
+    results: bool = True,
+    positional: bool = False,
+) -> Any:
+    """A field of an options class.
+
+    Args:
+        text: its help.
+        default: used when nothing else gives a value.
+        auto: who gives the value where there is no default (`AUTO`, or the recipe and its value).
+        low, above, high, below: bounds, `above` and `below` excluded.
+        choices: the only values allowed.
+        metavar: what stands for the value in the help.
+        results: whether another value leads to other results; the rest may change when a run is resumed.
+        positional: whether it is typed without its name.
+    """
+    metadata = {
+        "help": text,
+        "auto": auto,
+        "low": low,
+        "above": above,
+        "high": high,
+        "below": below,
+        "choices": choices,
+        "metavar": metavar,
+        "results": results,
+        "positional": positional,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """Field name -> option as typed."""
+    return "--" + name.replace("_", "-")
+
+
+def fields_of(options: type) -> dict[str, dataclasses.Field[Any]]:
+    """Name -> field of an options class, in order."""
+    return {f.name: f for f in dataclasses.fields(options)}
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """' (did you mean ...?)' for a word that begins a known one or is close to it, else ''."""
+    close = [name for name in known if word.strip("-") and name.startswith(word)]
+    close = close or get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def convert(options: type, name: str, raw: Any) -> Any:
+    """The value of one option from text, YAML or Python.
+
+    Args:
+        options: an options class.
+        name: one of its fields.
+        raw: a string or list of strings from the command line, or a value of the right type.
+
+    Raises:
+        UserError: it has the wrong type, is out of range or is none of the choices.
+    """
+    kind, optional = kind_of(typing.get_type_hints(options)[name])
+    if raw is None and optional:
+        return None
+    metadata = fields_of(options)[name].metadata
+    if typing.get_origin(kind) is tuple:
+        items = raw if isinstance(raw, list | tuple) else [raw]
+        item_kind, *others = typing.get_args(kind)
+        if others != [...] and len(items) != 1 + len(others):
+            raise UserError(f"{flag(name)} takes {1 + len(others)} values, not {len(items)}")
+        if not items:
+            raise UserError(f"{flag(name)} needs at least one value")
+        return tuple(_scalar(item_kind, name, item, metadata) for item in items)
+    return _scalar(kind, name, raw, metadata)
+
+
+def kind_of(hint: Any) -> tuple[Any, bool]:
+    """The type of an annotation without None, and whether None was there."""
+    if isinstance(hint, types.UnionType):
+        kinds = [k for k in typing.get_args(hint) if k is not type(None)]
+        return kinds[0], True
+    return hint, False
+
+
+def _scalar(kind: type, name: str, raw: Any, metadata: Mapping[str, Any]) -> Any:
+    described = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+    wrong = UserError(f"{flag(name)} is {raw!r}; it must be {described}{_range_text(metadata)}")
+    if kind is bool or isinstance(raw, bool):
+        if kind is not bool or not isinstance(raw, bool):
+            raise wrong
+        return raw
+    if kind is str:
+        if not isinstance(raw, str | Path):
+            raise wrong
+        value: Any = str(raw)
+        if metadata["choices"] and value not in metadata["choices"]:
+            known = list(metadata["choices"])
+            raise UserError(f"{flag(name)} is {value!r}; it can be {', '.join(known)}{suggestion(value, known)}")
+        return value
+    try:
+        value = kind(raw)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong from None
+    if kind is int and isinstance(raw, float) and raw != value:
+        raise wrong
+    low, above, high, below = (metadata[k] for k in ("low", "above", "high", "below"))
+    inside = (
+        value == value
+        and abs(value) != float("inf")
+        and (low is None or value >= low)
+        and (above is None or value > above)
+        and (high is None or value <= high)
+        and (below is None or value < below)
+    )
+    if not inside:
+        raise wrong
+    return value
+
+
+def _range_text(metadata: Mapping[str, Any]) -> str:
+    words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+    parts = [f"{word} {metadata[key]}" for key, word in words.items() if metadata[key] is not None]
+    return f", {' and '.join(parts)}" if parts else ""
+
+
+def read_config(path: str, options: type) -> dict[str, Any]:
+    """Option name -> value, from a YAML file.
+
+    Raises:
+        UserError: the file is missing, is no mapping of options, or holds an unknown name or a wrong value.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"--config {path} must hold 'option: value' lines, not a {type(loaded).__name__}")
+    known = fields_of(options)
+    values = {}
+    for key, raw in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UserError(f"--config {path}: there is no option {key!r}{suggestion(name, list(known))}")
+        try:
+            values[name] = convert(options, name, raw)
+        except UserError as error:
+            raise UserError(f"--config {path}: {error}") from None
+    return values
