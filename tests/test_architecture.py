@@ -16,7 +16,7 @@ ALLOWED = {
     "model": set(),
     "methods": {"model", "data"},
     "training": {"data"},
-    "downstream": set(),
+    "downstream": {"model"},
     "figures": set(),
     "interop": {"model", "methods"},
     "commands": {"data", "model", "methods", "training", "downstream", "figures", "interop", "options"},

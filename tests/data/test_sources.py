@@ -3,10 +3,9 @@ import pickle
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
-from lomar.data.sources import ImageSource, labelled_split, open_source
+from lomar.data.sources import ImageSource, open_source
 from lomar.errors import UserError
 
 
@@ -125,53 +124,6 @@ def test_a_subset_keeps_the_order_asked_for(tmp_path):
     subset = open_source(str(tmp_path)).subset([2, 0])
     assert names_in(subset) == [str(tmp_path / "c.jpg"), str(tmp_path / "a.jpg")]
     assert subset.read(0) == b"c.jpg"
-
-
-def class_of(source, index):
-    return source.name(index).split("/")[-2]
-
-
-def test_train_and_val_become_bank_and_queries_with_labels_by_name(tmp_path):
-    touch(tmp_path, *(f"train/{c}/{i}.jpg" for c in "zxy" for i in range(5)), "train/stray.jpg")
-    touch(tmp_path, *(f"val/{c}/{i}.jpg" for c in "xz" for i in range(3)))
-    split = labelled_split(str(tmp_path), seed=1)
-    assert split.classes == ["x", "y", "z"]
-    assert (len(split.bank), len(split.queries)) == (15, 6)
-    assert [split.classes[label] for label in split.bank_labels] == [class_of(split.bank, i) for i in range(15)]
-    assert [split.classes[label] for label in split.query_labels] == [class_of(split.queries, i) for i in range(6)]
-    assert split.bank_labels.dtype == split.query_labels.dtype == np.int64
-
-
-def test_one_folder_is_split_without_overlap_and_thinned_in_proportion(tmp_path):
-    touch(tmp_path, *(f"a/{i}.jpg" for i in range(100)), *(f"b/{i}.jpg" for i in range(50)), "c/0.jpg")
-    split = labelled_split(str(tmp_path), seed=1)
-    assert np.bincount(split.query_labels, minlength=3).tolist() == [20, 10, 0]
-    assert np.bincount(split.bank_labels, minlength=3).tolist() == [80, 40, 1]
-    assert not set(names_in(split.bank)) & set(names_in(split.queries))
-
-    thin = labelled_split(str(tmp_path), seed=1, bank_limit=30, query_limit=9)
-    assert np.bincount(thin.bank_labels)[:2].tolist() == [20, 10]
-    assert np.bincount(thin.query_labels).tolist() == [6, 3]
-    assert set(names_in(thin.queries)) <= set(names_in(split.queries))
-
-
-def test_a_split_is_fixed_by_its_seed(tmp_path):
-    touch(tmp_path, *(f"{c}/{i}.jpg" for c in "ab" for i in range(20)))
-    first, again, other = (labelled_split(str(tmp_path), seed=seed) for seed in (3, 3, 4))
-    assert names_in(first.queries) == names_in(again.queries)
-    assert names_in(first.queries) != names_in(other.queries)
-
-
-def test_without_two_classes_there_are_no_labels(tmp_path):
-    touch(tmp_path, "only/1.jpg", "only/2.jpg", "3.jpg")
-    assert labelled_split(str(tmp_path), seed=0) is None
-    assert labelled_split("sample", seed=0) is None
-
-
-def test_a_query_class_that_the_bank_lacks_is_refused(tmp_path):
-    touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/dog/1.jpg")
-    with pytest.raises(UserError, match=r"--eval-data .*val: class 'dog' has no images in .*train"):
-        labelled_split(str(tmp_path), seed=0)
 
 
 def test_a_run_inside_the_data_is_left_out(tmp_path):

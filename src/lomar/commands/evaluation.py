@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lomar.commands.panels import caption, central_crops, panels, tokenised_crops
 from lomar.data.decode import PixelFormat
+from lomar.data.labels import LabelledData, evaluation_split
 from lomar.data.loader import centre_crops
-from lomar.data.sources import ImageSource, LabelledSplit, labelled_split
+from lomar.data.sources import ImageSource
 from lomar.data.survey import spread
-from lomar.downstream.features import pooled_features
+from lomar.downstream.features import Wanted, frozen_features
 from lomar.downstream.knn import effective_rank, knn_top1
 from lomar.errors import UserError
 from lomar.figures.curves import learning_curves
@@ -30,7 +31,7 @@ PICTURED_IMAGES = 6
 CACHED_BYTES = 2**30  # decoded evaluation images are kept up to this size
 
 
-def evaluation_data(options: PretrainOptions, fmt: PixelFormat, device: str) -> LabelledSplit | None:
+def evaluation_data(options: PretrainOptions, fmt: PixelFormat, device: str) -> LabelledData | None:
     """The labelled images of --eval-data; None if they have fewer than two classes.
 
     Args:
@@ -43,9 +44,9 @@ def evaluation_data(options: PretrainOptions, fmt: PixelFormat, device: str) -> 
     """
     if options.eval_data is None:
         return None
-    split = labelled_split(options.eval_data, options.seed, *K_NN_IMAGES[device], flag="--eval-data")
-    for part in (split.bank, split.queries) if split else ():
-        probed = part.subset(spread(len(part), PROBED_IMAGES))
+    split = evaluation_split(options.eval_data, options.seed, *K_NN_IMAGES[device])
+    for part in (split.train, split.val) if split else ():
+        probed = part.source.subset(spread(len(part), PROBED_IMAGES))
         if not any(good.any() for _, good in centre_crops(probed, fmt, options.image_size, workers=0)):
             raise UserError(
                 f"--eval-data {options.eval_data}: none of {len(probed)} files can be read as {fmt.channels} channels "
@@ -74,7 +75,7 @@ class Evaluation:
         fabric: Fabric,
         method: MaskedReconstruction,
         source: ImageSource,
-        labelled: LabelledSplit | None,
+        labelled: LabelledData | None,
         fmt: PixelFormat,
         options: PretrainOptions,
         run: Path,
@@ -103,21 +104,24 @@ class Evaluation:
         if self.labelled is None:
             features, good = self._features("unlabelled", self.unlabelled)
             return {"effective_rank": round(effective_rank(features[good]), 3)} if good.any() else {}
-        bank, bank_good = self._features("bank", self.labelled.bank)
-        queries, queries_good = self._features("queries", self.labelled.queries)
-        bank_labels = torch.from_numpy(self.labelled.bank_labels)[bank_good]
-        query_labels = torch.from_numpy(self.labelled.query_labels)[queries_good]
+        bank, bank_good = self._features("bank", self.labelled.train.source)
+        queries, queries_good = self._features("queries", self.labelled.val.source)
+        bank_labels = torch.from_numpy(self.labelled.train.labels)[bank_good]
+        query_labels = torch.from_numpy(self.labelled.val.labels)[queries_good]
         if not (bank_good.any() and queries_good.any()):
             return {}
         return {"knn_top1": round(knn_top1(bank[bank_good], bank_labels, queries[queries_good], query_labels), 5)}
 
     def _features(self, name: str, source: ImageSource) -> tuple[Tensor, Tensor]:
         """Pooled features float32 (N, D), and bool (N,): which are of a readable image and finite."""
-        batches = self._crops(name, source)
-        features, good = pooled_features(
-            self.method.architecture.encoder, batches, self.method.normalise, self.fabric.device
+        (features,), good = frozen_features(
+            self.method.architecture.encoder,
+            [Wanted("mean")],
+            self._crops(name, source),
+            self.method.normalise,
+            self.fabric.device,
         )
-        return features, good & features.isfinite().all(dim=1)  # a float image can be too bright for float32
+        return features, good
 
     def _crops(self, name: str, source: ImageSource) -> Iterable[tuple[Tensor, Tensor]]:
         """Pixels and which are good, in batches; few images stay decoded for the next time."""

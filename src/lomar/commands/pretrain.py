@@ -24,8 +24,9 @@ from lomar.commands.settling import (
     settle,
     settle_again,
 )
+from lomar.data.labels import LabelledData
 from lomar.data.loader import CropPlan, MicroBatch, pretraining_batches
-from lomar.data.sources import ImageSource, LabelledSplit
+from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 from lomar.figures.curves import learning_curves
 from lomar.files import write_atomically
@@ -116,7 +117,7 @@ def _train(
     run: Path,
     settled: Settled,
     method: MaskedReconstruction,
-    labelled: LabelledSplit | None,
+    labelled: LabelledData | None,
     display: Display,
     stop: StopRequest,
 ) -> int:

@@ -56,14 +56,30 @@ def random_resized_crop(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def centre_crop(height: int, width: int) -> Box:
-    """The central square whose side is 0.875 of the shorter side, as ImageNet evaluation takes it.
+def centre_crop(height: int, width: int, shape: tuple[int, int] = (1, 1), share: float = CENTRE_SHARE) -> Box:
+    """The central box of a shape: the largest that fits, shrunk to a share of its sides.
+
+    Args:
+        height: image height in pixels.
+        width: image width in pixels.
+        shape: (rows, columns) in whose proportion the box is.
+        share: 0.875 is how ImageNet evaluation sees 224 pixels, after a resize to 256.
 
     Returns:
         (top, left, height, width) in pixels.
     """
-    side = max(1, round(CENTRE_SHARE * min(height, width)))
-    return (height - side) // 2, (width - side) // 2, side, side
+    rows, columns = shape
+    unit = min(height / rows, width / columns) * share
+    box_height, box_width = max(1, round(unit * rows)), max(1, round(unit * columns))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def centre_share(size: tuple[int, int]) -> float:
+    """How much of an image's shorter side evaluation looks at: 0.875 up to 224 pixels, all of it above.
+
+    Source: the released fine-tuning code of MAE and LoMaR.
+    """
+    return CENTRE_SHARE if max(size) <= 224 else 1.0
 
 
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision has it

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lomar.data.augment import ColorJitter, centre_crop, random_resized_crop
+from lomar.data.augment import CENTRE_SHARE, ColorJitter, centre_crop, random_resized_crop
 from lomar.data.decode import PixelFormat, read_image
 from lomar.data.sources import ImageSource
 from lomar.data.survey import reason_for
@@ -254,51 +254,65 @@ def pretraining_batches(
     share = share_of_batch(batch_size, rank, world_size)
     windows = _CropWindows(source, fmt, draw, plan, patch_size_px, view_size, seed, last_slot=share.stop - 1)
     batches = islice(stream(len(source), seed, batch_size, first_batch), total_batches - first_batch)
-    return _loaded(windows, micro_batch_keys(batches, share, micro_batch), workers, pin_memory)
+    return loaded(windows, micro_batch_keys(batches, share, micro_batch), workers, pin_memory)
 
 
 @dataclass(frozen=True)
 class _CentreCrops(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     source: ImageSource
     fmt: PixelFormat
-    size_px: int
+    size_px: tuple[int, int]
+    share: float
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (len(indices), self.fmt.channels, self.size_px, self.size_px)
-        pixels = np.zeros(shape, dtype=self.fmt.dtype)
+        pixels = np.zeros((len(indices), self.fmt.channels, *self.size_px), dtype=self.fmt.dtype)
         good = torch.ones(len(indices), dtype=torch.bool)
         for place, index in enumerate(indices):
             try:
                 image = read_image(self.source.read(index), self.source.name(index))
-                box = centre_crop(image.height, image.width)
-                pixels[place] = image.crop(box, (self.size_px, self.size_px), self.fmt)
+                box = centre_crop(image.height, image.width, self.size_px, self.share)
+                pixels[place] = image.crop(box, self.size_px, self.fmt)
             except (BadImageError, OSError):
                 good[place] = False
         return torch.from_numpy(pixels), good
 
 
 def centre_crops(
-    source: ImageSource, fmt: PixelFormat, size_px: int, workers: int, batch_size: int = 64
+    source: ImageSource,
+    fmt: PixelFormat,
+    size_px: int | tuple[int, int],
+    workers: int,
+    batch_size: int = 64,
+    share: float = CENTRE_SHARE,
+    first: int = 0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Central crops of all images in order, for evaluation.
 
     Args:
         source: the images.
         fmt: what their pixels become.
-        size_px: side of the square crop.
+        size_px: side of the square crop, or (height, width).
         workers: loading processes; 0 loads in this one.
         batch_size: images of a batch; the last batch may be smaller.
+        share: of the largest such crop's sides, see `centre_crop`.
+        first: the image to begin with.
 
     Yields:
-        pixels (B, C, size_px, size_px) of fmt.dtype, and good bool (B,): False where a file cannot be read, whose
+        pixels (B, C, height, width) of fmt.dtype, and good bool (B,): False where a file cannot be read, whose
         pixels are zero.
     """
-    starts = range(0, len(source), batch_size)
+    size = (size_px, size_px) if isinstance(size_px, int) else size_px
+    starts = range(first, len(source), batch_size)
     batches = [list(range(start, min(start + batch_size, len(source)))) for start in starts]
-    return _loaded(_CentreCrops(source, fmt, size_px), batches, workers, pin_memory=False)
+    return loaded(_CentreCrops(source, fmt, size, share), batches, workers, pin_memory=False)
 
 
-def _loaded(dataset: Dataset, batches: Iterable[list], workers: int, pin_memory: bool) -> Iterator:
+def loaded(dataset: Dataset, batches: Iterable[list], workers: int, pin_memory: bool) -> Iterator:
+    """What a data set makes of each list of samples, in order, in this process or in workers.
+
+    Raises:
+        UserError: the data set returned one in the place of a batch.
+    """
     loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=batches,

@@ -1,16 +1,14 @@
-"""Where images come from: a folder, a list of paths, the embedded sample; and labelled folders for evaluation."""
+"""Where images come from: a folder, a list of paths, the embedded sample."""
 
 import hashlib
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lomar.errors import UserError
-from lomar.seeding import seeded
 
 # In a folder only files with these endings are taken, in either case; a list may name any file.
 EXTENSIONS = (
@@ -31,10 +29,6 @@ _SAMPLE = (
 )
 
 _RUN_MARKS = {b"config.yaml", b"train.log"}  # every folder of a run holds them
-
-# The folder beside train/ that holds the queries of an evaluation: the first of these that exists.
-_QUERY_FOLDERS = ("val", "valid", "validation", "test")
-_QUERY_SHARE = 0.2  # of each class, when one folder has to serve as both
 
 
 class ImageSource:
@@ -167,119 +161,3 @@ def _embedded_sample(flag: str) -> ImageSource:
     if not files:
         raise UserError(f"{flag} sample: the installed scikit-image and scikit-learn carry no photographs")
     return ImageSource("", files)
-
-
-@dataclass(frozen=True)
-class LabelledSplit:
-    """Labelled images for a nearest-neighbour evaluation: a bank to look in, and queries.
-
-    Labels are int64, one an image, and index `classes`.
-    """
-
-    bank: ImageSource
-    bank_labels: np.ndarray
-    queries: ImageSource
-    query_labels: np.ndarray
-    classes: list[str]
-
-
-def labelled_split(
-    path: str, seed: int, bank_limit: int = 10_000, query_limit: int = 5_000, flag: str = "--eval-data"
-) -> LabelledSplit | None:
-    """A class-folder data set as bank and queries, thinned to the limits with every class in proportion.
-
-    The class of an image is the first folder below the split's own. With train/ and val/ (or valid/, validation/,
-    test/) those are bank and queries; otherwise 20 % of each class of the one folder become queries.
-
-    Args:
-        path: the data set's folder.
-        seed: fixes which images are taken.
-        bank_limit: most images in the bank.
-        query_limit: most queries.
-        flag: the option the path came from, for messages.
-
-    Returns:
-        None if there are fewer than two classes, so no labels.
-
-    Raises:
-        UserError: nothing to read, or a class among the queries that the bank does not have.
-    """
-    if path == "sample":
-        return None
-    root = Path(path)
-    train = root / "train"
-    query_folder = next((root / name for name in _QUERY_FOLDERS if (root / name).is_dir()), None)
-    if not train.is_dir():
-        return _split_one(open_source(path, flag), seed, bank_limit, query_limit)
-    bank = open_source(str(train), flag)
-    if query_folder is None:
-        return _split_one(bank, seed, bank_limit, query_limit)
-
-    queries = open_source(str(query_folder), flag)
-    bank_kept, bank_names = _class_names(bank)
-    query_kept, query_names = _class_names(queries)
-    classes = sorted(set(bank_names))
-    if len(classes) < 2:
-        return None
-    if not query_names:
-        raise UserError(f"{flag} {query_folder}: no class folders with images, but {train} has them")
-    unknown = sorted(set(query_names) - set(classes))
-    if unknown:
-        raise UserError(f"{flag} {query_folder}: class {unknown[0]!r} has no images in {train}")
-    number = {name: label for label, name in enumerate(classes)}
-    bank_labels = np.array([number[name] for name in bank_names], dtype=np.int64)
-    query_labels = np.array([number[name] for name in query_names], dtype=np.int64)
-    bank_taken = _thinned(bank_labels, bank_limit, seed, "bank")
-    query_taken = _thinned(query_labels, query_limit, seed, "queries")
-    return LabelledSplit(
-        bank.subset(bank_kept[bank_taken]),
-        bank_labels[bank_taken],
-        queries.subset(query_kept[query_taken]),
-        query_labels[query_taken],
-        classes,
-    )
-
-
-def _split_one(source: ImageSource, seed: int, bank_limit: int, query_limit: int) -> LabelledSplit | None:
-    kept, names = _class_names(source)
-    classes, labels = np.unique(np.array(names, dtype=object), return_inverse=True)
-    if len(classes) < 2:
-        return None
-    labels = labels.astype(np.int64)
-    ranks = _ranks_in_class(labels, seed, "split")
-    sizes = np.bincount(labels)[labels]  # of each image's own class
-    # At least one query a class, except from a class of one image: it can only be found, not asked for.
-    is_query = (ranks < np.maximum(1, np.round(_QUERY_SHARE * sizes))) & (sizes > 1)
-    bank, queries = np.flatnonzero(~is_query), np.flatnonzero(is_query)
-    if len(queries) == 0:
-        return None
-    bank = bank[_thinned(labels[bank], bank_limit, seed, "bank")]
-    queries = queries[_thinned(labels[queries], query_limit, seed, "queries")]
-    return LabelledSplit(
-        source.subset(kept[bank]), labels[bank], source.subset(kept[queries]), labels[queries], list(classes)
-    )
-
-
-def _class_names(source: ImageSource) -> tuple[np.ndarray, list[str]]:
-    """Indices of the images that lie in a class folder, and the folder of each; stray images are left out."""
-    parts = [source.relative_path(index).split(b"/", 1) for index in range(len(source))]
-    kept = [index for index, part in enumerate(parts) if len(part) == 2]
-    return np.array(kept, dtype=np.int64), [parts[index][0].decode(errors="replace") for index in kept]
-
-
-def _ranks_in_class(labels: np.ndarray, seed: int, purpose: str) -> np.ndarray:
-    """Each image's place, from 0, in a random order of its own class."""
-    rng = np.random.default_rng(seeded(seed, purpose).initial_seed())
-    shuffled = rng.permutation(len(labels))
-    grouped = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    sizes = np.bincount(labels)
-    starts = np.cumsum(sizes) - sizes
-    ranks = np.empty(len(labels), dtype=np.int64)
-    ranks[grouped] = np.arange(len(labels)) - np.repeat(starts, sizes)
-    return ranks
-
-
-def _thinned(labels: np.ndarray, limit: int, seed: int, purpose: str) -> np.ndarray:
-    """Sorted indices of at most `limit` images, each class in proportion to its size."""
-    share = (_ranks_in_class(labels, seed, purpose) + 0.5) / np.bincount(labels)[labels]
-    return np.sort(np.argsort(share, kind="stable")[:limit])

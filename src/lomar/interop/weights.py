@@ -21,6 +21,7 @@ from lomar.model import Encoder
 
 ENCODER_FILE = "encoder.safetensors"
 RECONSTRUCTOR_FILE = "reconstructor.safetensors"
+CLASSIFIER_FILE = "classifier.safetensors"
 
 
 def save_encoder(path: Path, encoder: Encoder, composition: Composition) -> None:
@@ -36,6 +37,25 @@ def save_encoder(path: Path, encoder: Encoder, composition: Composition) -> None
     save_file(path, encoder.state_dict(), "encoder", metadata)
 
 
+def save_classifier(path: Path, encoder: Encoder, classes: Sequence[str]) -> None:
+    """Write a fine-tuned encoder with its classifier and the names of the classes.
+
+    Args:
+        path: the file.
+        encoder: with a head, and a `pretrained_cfg` that says how its input is normalised.
+        classes: one name for each output.
+    """
+    told = encoder.pretrained_cfg or {}
+    metadata = {
+        "architecture": encoder.architecture,
+        "num_classes": encoder.num_classes,
+        "global_pool": encoder.global_pool,
+        **{name: told[name] for name in ("mean", "std", "scale")},
+        "classes": list(classes),
+    }
+    save_file(path, encoder.state_dict(), "classifier", metadata)
+
+
 def save_reconstructor(path: Path, method: MaskedReconstruction, composition: Composition) -> None:
     """Write encoder, mask token, decoder and head with all that `load_reconstructor` needs."""
     save_file(path, method.state_dict(), "reconstructor", {"composition": composition.to_dict()})
@@ -46,20 +66,21 @@ def load(path: str | Path) -> Encoder:
 
     `num_classes` is 0 and `reset_classifier` gives it a head; a fine-tuned one keeps its classifier. Its
     `pretrained_cfg` holds mean, std and input size, as `timm.data.resolve_model_data_config` reads them, and `scale`:
-    what pixels are divided by first (255, 65535 for 16-bit images, 1 for floats).
+    what pixels are divided by first (255, 65535 for 16-bit images, 1 for floats). `label_names` in it are the
+    classes of what `lomar finetune` made.
 
     Args:
-        path: a run's folder, finished or not, an `encoder.safetensors`, or a file that LoMaR, MAE or BEiT released
-            (.pth), pretrained or fine-tuned.
+        path: a run's folder, finished or not, its `encoder.safetensors` or `classifier.safetensors`, or a file that
+            LoMaR, MAE or BEiT released (.pth), pretrained or fine-tuned.
 
     Raises:
         UserError: there is no such file, or it does not hold an encoder.
     """
-    file = _resolve(Path(path), ENCODER_FILE)
+    file = _resolve(Path(path), ENCODER_FILE, CLASSIFIER_FILE)
     if is_torch_file(file):
         official = read_official(file)
-        return _described(official.encoder, official.composition.mean, official.composition.std, 255.0)
-    return _encoder(file, *read_file(file, "encoder"))
+        return describe(official.encoder, official.composition.mean, official.composition.std, 255.0)
+    return _encoder(file, *read_file(file, "encoder", "classifier"))
 
 
 def load_reconstructor(path: str | Path) -> tuple[MaskedReconstruction, Composition]:
@@ -109,7 +130,8 @@ def _encoder(file: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> E
         classifier = {name: metadata[name] for name in ("num_classes", "global_pool") if name in metadata}
         encoder = Encoder(**{"num_classes": 0} | classifier | metadata["architecture"])
         encoder.load_state_dict(tensors)
-        return _described(encoder, metadata["mean"], metadata["std"], metadata["scale"]).eval()
+        told = (metadata["mean"], metadata["std"], metadata["scale"], metadata.get("classes", ()))
+        return describe(encoder, *told).eval()
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise UserError(f"{file} does not hold a whole encoder ({first_line(error)})") from error
 
@@ -126,8 +148,17 @@ def _reconstructor(
     return method.eval(), composition
 
 
-def _described(encoder: Encoder, mean: Sequence[float], std: Sequence[float], scale: float) -> Encoder:
-    """The encoder, with what timm asks a model about its input and classifier."""
+def describe(
+    encoder: Encoder, mean: Sequence[float], std: Sequence[float], scale: float, classes: Sequence[str] = ()
+) -> Encoder:
+    """The encoder, with what timm asks a model about its input and classifier.
+
+    Args:
+        encoder: changed in place.
+        mean, std: of each channel.
+        scale: what pixels are divided by first.
+        classes: the names of a classifier's outputs.
+    """
     encoder.pretrained_cfg = {
         "architecture": "lomar_vit",
         "input_size": (encoder.architecture["in_chans"], *encoder.patch_embed.img_size),
@@ -140,7 +171,7 @@ def _described(encoder: Encoder, mean: Sequence[float], std: Sequence[float], sc
         "num_classes": encoder.num_classes,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
-    }
+    } | ({"label_names": list(classes)} if classes else {})
     return encoder
 
 
@@ -151,11 +182,13 @@ def save_file(path: Path, tensors: dict[str, Any], kind: str, metadata: dict[str
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=text)))
 
 
-def _resolve(path: Path, name: str) -> Path:
+def _resolve(path: Path, *names: str) -> Path:
+    """The file itself, or the first of these names in the folder of a run."""
     if path.is_dir():
-        if not (path / name).exists():
-            raise UserError(f"{path} holds no {name}; is it the folder of a run that has begun?")
-        return path / name
+        there = next((path / name for name in names if (path / name).exists()), None)
+        if there is None:
+            raise UserError(f"{path} holds no {' or '.join(names)}; is it the folder of a run that has begun?")
+        return there
     if not path.exists():
         raise UserError(f"there is no run or file {path}")
     return path
