@@ -257,10 +257,10 @@ def test_a_resumed_run_keeps_what_changes_its_results(lomar: Command, pretrain: 
     ("key", "value", "message"),
     [
         ("method", "nonsense", "--method is 'nonsense'; `lomar recipes` lists what there is"),
-        ("model", "auto", "it must settle model, and one of epochs and max_steps"),
+        ("model", "auto", "it must settle model"),
         ("model", None, "--model is None; it must be text"),
         ("model", "small", "does not fit this run's configuration"),
-        ("epochs", 3, "it must settle model, and one of epochs and max_steps"),
+        ("epochs", 3, "it must settle one of epochs and max_steps"),
         ("mean", [0.5], "--mean has 1 numbers; the images have 3 channels"),
         ("window_size", 99, "--window-size 99 is larger than the 4x4 grid"),
         ("views", "many", "--views is 'many'; it must be a whole number, at least 1"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lomar.commands.recipes import HEADER, configuration, table
-from lomar.commands.settling import asked_for, settle
+from lomar.commands.settling import asked_for_pretraining, settle
 from lomar.methods.composition import Composition
 from lomar.methods.masks import BlockwiseMask, KeptMask, UniformMask
 from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, OPENAI_VOCAB, RECIPES, compose
@@ -218,7 +218,7 @@ def test_the_printed_configuration_settles_into_the_papers_run(name: str, tmp_pa
     (tmp_path / "paper.yaml").write_text(configuration(name))
     given = {"config": str(tmp_path / "paper.yaml"), "data": "sample", "micro_batch": 1, "device": "cpu"}
     given["out"] = str(tmp_path / "run")
-    settled = settle(asked_for(given), tmp_path / "run")
+    settled = settle(asked_for_pretraining(given), tmp_path / "run")
     expected = RECIPES[name].composition(name)
     unsaid = {option: getattr(settled.composition, option) for option in left_out(expected)}
     assert settled.composition == replace(expected, **unsaid)

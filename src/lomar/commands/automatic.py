@@ -138,7 +138,7 @@ def choose(
             settle(name, value, reason)
     else:
         choices |= {name: Choice(value, "") for name, value, _ in _decoder(768) if name not in given}
-    image_size, patch_size = _sizes(given, short_side_px, gpu)
+    image_size, patch_size = image_and_patch(given, short_side_px, gpu)
     settle("image_size", *image_size)
     settle("patch_size", *patch_size)
     batch = settle("batch_size", *_batch_size(count, gpu))
@@ -169,7 +169,7 @@ def _decoder(width: int) -> list[tuple[str, int, str]]:
     return [(name, value, reason) for name, value in zip(names, values, strict=True)]
 
 
-def _sizes(given: Mapping[str, Any], short_side_px: int, gpu: bool) -> tuple[tuple[int, str], tuple[int, str]]:
+def image_and_patch(given: Mapping[str, Any], short_side_px: int, gpu: bool) -> tuple[tuple[int, str], tuple[int, str]]:
     """Crop and patch side: a grid of about 14 patches, as in the paper, and no needless enlargement."""
     if "image_size" in given and "patch_size" in given:
         return (given["image_size"], ""), (given["patch_size"], "")

@@ -1,43 +1,29 @@
 """`lomar pretrain`: a folder of images -> an encoder."""
 
-import logging
-import os
-import shutil
 import signal
 from collections.abc import Generator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning_fabric import Fabric
 
-from lomar import __version__
 from lomar.commands.evaluation import Evaluation, evaluation_data
-from lomar.commands.settling import (
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    Settled,
-    asked_for,
-    holds_run,
-    settle,
-    settle_again,
-)
+from lomar.commands.runs import CONFIG_FILE, begin, make_fabric
+from lomar.commands.settling import TOKENIZER_FILE, Settled, asked_for_pretraining, settle, settle_again
 from lomar.data.labels import LabelledData
 from lomar.data.loader import CropPlan, MicroBatch, pretraining_batches
 from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 from lomar.figures.curves import learning_curves
-from lomar.files import write_atomically
 from lomar.interop.initial import initialise
 from lomar.interop.tokenizers import save_tokenizer
 from lomar.interop.weights import ENCODER_FILE, RECONSTRUCTOR_FILE, save_encoder, save_reconstructor
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.options import PretrainOptions, convert, fields_of, suggestion
-from lomar.training.loop import CHECKPOINT, Course, StopRequest, Trainer, process_count
+from lomar.training.loop import CHECKPOINT, Course, StopRequest, Trainer
 from lomar.training.optim import Schedule, adamw
-from lomar.training.records import Display, Metrics, close_log, open_log
+from lomar.training.records import Display, Metrics, close_log
 
 # Everything a run may hold; --overwrite deletes these and nothing else.
 RUN_FILES = (
@@ -85,7 +71,7 @@ def command(given: Mapping[str, Any]) -> int:
 
 
 def _run(given: Mapping[str, Any]) -> int:
-    asked = asked_for(given)
+    asked = asked_for_pretraining(given)
     if "out" not in asked:
         raise UserError("--out is missing: the folder in which to make the run")
     run = Path(asked["out"])
@@ -97,12 +83,12 @@ def _run(given: Mapping[str, Any]) -> int:
         labelled = evaluation_data(options, settled.fmt, settled.hardware.device)
         if labelled is None:
             notes.append(f"--eval-data {options.eval_data} has no two classes: effective rank instead of k-NN")
-    fabric = _fabric(settled)
+    fabric = make_fabric(settled.hardware.device, options.precision)
     torch.manual_seed(options.seed)
     method = settled.build()
     if options.init and not (run / CHECKPOINT).exists():  # a run killed before its first one begins with them again
         notes += initialise(method, options.init)
-    _begin(fabric, run, settled, resume)
+    begin(fabric, run, options, RUN_FILES, resume, lambda: _keep_tokenizer(run, settled))
     try:
         with Display(options.log_every, enabled=fabric.is_global_zero) as display, StopRequest() as stop:
             for note in notes:
@@ -171,6 +157,11 @@ def _train(
     return 0
 
 
+def _keep_tokenizer(run: Path, settled: Settled) -> None:
+    if settled.tokenizer:
+        save_tokenizer(run / TOKENIZER_FILE, settled.tokenizer)
+
+
 def _how_to_load(run: Path) -> str:
     return (
         f"the encoder is in {run / ENCODER_FILE}; to use it:\n"
@@ -201,53 +192,3 @@ def _course(options: PretrainOptions, source: ImageSource) -> Course:
         evaluation_forced=options.eval_every is not None,
         max_bad_share=options.max_bad_share,
     )
-
-
-def _fabric(settled: Settled) -> Fabric:
-    processes = process_count()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces what the run announces itself
-    fabric = Fabric(
-        accelerator=settled.hardware.device,
-        devices=local,
-        num_nodes=max(1, processes // local),
-        strategy="ddp" if processes > 1 else "auto",
-        precision="bf16-mixed" if settled.options.precision == "bf16" else "32-true",
-    )
-    fabric.launch()
-    return fabric
-
-
-def _begin(fabric: Fabric, run: Path, settled: Settled, resume: bool) -> None:
-    """Make the run's folder; from here on the run exists."""
-    options = settled.options
-    fabric.barrier()
-    if fabric.is_global_zero:
-        try:
-            if not resume:
-                # The configuration goes last and comes first, so that a folder with anything in it is known as a run.
-                for name in reversed(RUN_FILES) if options.overwrite and holds_run(run) else ():
-                    _delete(run / name)
-                run.mkdir(parents=True, exist_ok=True)
-                if settled.tokenizer:
-                    save_tokenizer(run / TOKENIZER_FILE, settled.tokenizer)
-                _write_config(run, options)
-            log = open_log(run)
-        except OSError as error:
-            raise UserError(f"--out {run} cannot be written: {error.strerror}") from error
-        log.info("lomar %s, options in %s", __version__, run / CONFIG_FILE)
-    fabric.barrier()
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _write_config(run: Path, options: PretrainOptions) -> None:
-    about_this_call = ("config", "resume", "overwrite", "out")
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items() if k not in about_this_call}
-    text = yaml.safe_dump(values, sort_keys=False)
-    write_atomically(run / CONFIG_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))

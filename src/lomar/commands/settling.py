@@ -3,20 +3,20 @@
 Every option that does not fit the data, the hardware or another option is refused here.
 """
 
-import os
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lomar.commands.automatic import Choice, Hardware, choose, find_hardware, micro_batch
+from lomar.commands.automatic import Choice, Hardware, choose, find_hardware
+from lomar.commands.runs import CONFIG_FILE, asked_for, check_new, fitting_micro_batch, merged, notes_on, stored
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import SampleKey
 from lomar.data.sources import ImageSource, open_source
-from lomar.data.survey import Survey, channel_statistics, survey
+from lomar.data.survey import channel_statistics, survey
 from lomar.errors import UserError
 from lomar.interop.initial import initial_options
 from lomar.interop.tokenizers import load_tokenizer
@@ -26,11 +26,10 @@ from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.methods.targets import TARGETS, VisualTokens
 from lomar.methods.tokenizer import STRIDE, DiscreteVAE
 from lomar.model.encoder import SIZES, size_of
-from lomar.options import AUTO, PretrainOptions, fields_of, flag, read_config, suggestion
+from lomar.options import PretrainOptions, fields_of, flag, read_config, suggestion
 from lomar.training.loop import process_count
 from lomar.training.memory import saved_bytes
 
-CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.safetensors"  # the run's own copy
 WARMUP_SHARE = 0.025  # of the run: 40 of 1600 epochs, 20 of 800, 10 of 400 (section 6.1)
 
@@ -87,22 +86,14 @@ def pixel_format(options: PretrainOptions) -> PixelFormat:
     return PixelFormat(options.channels, options.pixel_type)
 
 
-def asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
+def asked_for_pretraining(given: Mapping[str, Any]) -> dict[str, Any]:
     """What flags and --config ask for; "auto" asks for nothing."""
+    asked = asked_for(given, PretrainOptions, ("data", "eval_data", "init", "tokenizer"))
     config = read_config(given["config"], PretrainOptions) if given.get("config") else {}
     if "method" in config and given.get("method", config["method"]) != config["method"]:
         raise UserError(
             f"--config {given['config']} is of {config['method']}, which --method {given['method']} would only rename"
         )
-    automatic = {name for name, f in fields_of(PretrainOptions).items() if f.metadata["auto"] == AUTO}
-    asked = {
-        name: value
-        for name, value in _merged(config, given).items()
-        if value is not None and not (name in automatic and value == "auto")
-    }
-    for name in ("data", "eval_data", "init", "tokenizer"):  # the run may be resumed from another folder
-        if name in asked and asked[name] != "sample":
-            asked[name] = os.path.abspath(asked[name])  # noqa: PTH100 (links stay as they are)
     return asked
 
 
@@ -119,13 +110,10 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
     """
     recipe = _recipe(asked.get("method", "lomar"))
     wanted = set(asked)
-    asked = _merged(recipe.options, asked)
+    asked = merged(recipe.options, asked)
     if "data" not in asked:
         raise UserError("--data is missing: a folder of images, a .txt file of paths, or 'sample'")
-    if holds_run(run) and not asked.get("overwrite"):
-        raise UserError(f"--out {run} already holds a run; --resume goes on with it, --overwrite deletes it")
-    if run.exists() and not run.is_dir():
-        raise UserError(f"--out {run} is a file; it must be a folder")
+    check_new(run, asked)
     _check_meant(asked, typed)
     if "model" in asked:
         _size(asked["model"])
@@ -157,18 +145,8 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
     if "micro_batch" not in asked:
         choices["micro_batch"] = _micro_batch(settled)
         settled.options = PretrainOptions(**values | {"micro_batch": choices["micro_batch"].value})
-    settled.notes = _notes(found, choices, settled.options)
+    settled.notes = notes_on(found, choices, settled.options.image_size)
     return settled
-
-
-def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """`upper` over `lower`; what is given higher up also beats its rivals: steps and epochs, statistics and numbers."""
-    if "epochs" in upper and "max_steps" in upper and upper["epochs"] is not None and upper["max_steps"] is not None:
-        raise UserError("--epochs and --max-steps are both given; give one")
-    length = {"epochs", "max_steps", "warmup_epochs"}  # of a run: a warm-up is for the length it was given with
-    beaten = {"epochs": length, "max_steps": length, "statistics": {"mean", "std"}}
-    rivals = {rival for name, names in beaten.items() if upper.get(name) is not None for rival in names}
-    return {key: value for key, value in lower.items() if key not in rivals} | dict(upper)
 
 
 def _check_meant(asked: Mapping[str, Any], typed: Collection[str]) -> None:
@@ -217,26 +195,10 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     Raises:
         UserError: there is no run, its files are not whole, or another result is asked for.
     """
-    if asked.get("overwrite"):
-        raise UserError("--resume and --overwrite are both given; give one")
-    file = run / CONFIG_FILE
-    if not file.exists():
-        raise UserError(f"--out {run} holds no run to resume: there is no {CONFIG_FILE} in it")
-    stored = read_config(str(file), PretrainOptions)
-    fields = fields_of(PretrainOptions)
-    for name, value in asked.items():
-        if fields[name].metadata["results"] and stored.get(name) != value:
-            raise UserError(
-                f"{flag(name)} is {value!r}, but the run in {run} has {stored.get(name)!r}; "
-                "a resumed run keeps what changes its results"
-            )
-    values = stored | dict(asked)
-    missing = [name for name, field in fields.items() if field.default is MISSING and name not in values]
-    if missing:
-        raise UserError(f"{file} is not complete: it lacks {', '.join(missing)}")
+    values = stored(run, asked, PretrainOptions)
     options = PretrainOptions(**values)
-    if options.model == "auto" or (options.epochs is None) == (options.max_steps is None):
-        raise UserError(f"{file} is not what a run writes: it must settle model, and one of epochs and max_steps")
+    if options.model == "auto":
+        raise UserError(f"{run / CONFIG_FILE} is not what a run writes: it must settle model")
     _recipe(options.method)
     _check_target(options.target)
     tokenizer = load_tokenizer(run / TOKENIZER_FILE) if options.target == "tokens" else None
@@ -246,11 +208,6 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     settled = Settled(options, open_source(options.data), hardware, tokenizer)
     _check_parts(settled)
     return settled
-
-
-def holds_run(run: Path) -> bool:
-    """Whether a folder holds a run, or what is left of one."""
-    return any((run / name).exists() for name in (CONFIG_FILE, "metrics.jsonl", "checkpoints"))
 
 
 def _size(model: str) -> tuple[int, int, int]:
@@ -408,26 +365,4 @@ def _micro_batch(settled: Settled) -> Choice:
             return saved_bytes(partial(method, **batch))
 
     weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    share = -(-options.batch_size // process_count())
-    # Weight, gradient and two moments in float32.
-    return micro_batch(kept(2) - kept(1), 16 * weights, share, settled.hardware)
-
-
-def _notes(found: Survey, choices: Mapping[str, Choice], options: PretrainOptions) -> list[str]:
-    """What the user should know before it starts."""
-    notes = [f"{found.count} images, shorter side {found.median_short_side_px} px (median of {found.probed} read)"]
-    if found.unreadable:
-        name, reason = found.unreadable[0]
-        notes.append(
-            f"{len(found.unreadable)} of them cannot be read and will be skipped, for example {name}: {reason}"
-        )
-    if found.smallest_short_side_px < options.image_size:
-        notes.append(
-            f"warning: the smallest image's shorter side is {found.smallest_short_side_px} px; "
-            f"it will be enlarged to --image-size {options.image_size}"
-        )
-    chosen = {name: choice for name, choice in choices.items() if choice.value is not None and choice.reason}
-    if chosen:
-        notes.append("chosen for you (give the option to decide yourself):")
-        notes += [f"  {flag(name):<14} {choice.value!s:<10} {choice.reason}" for name, choice in chosen.items()]
-    return notes
+    return fitting_micro_batch(kept, weights, options.batch_size, settled.hardware)

@@ -26,7 +26,7 @@ from lomar.data.survey import reason_for
 from lomar.errors import BadImageError, UserError
 from lomar.seeding import seeded
 
-_REPLACEMENTS = 20  # files tried in the place of a bad one: with a quarter bad, all fail once in 10^12
+REPLACEMENTS = 20  # files tried in the place of a bad one: with a quarter bad, all fail once in 10^12
 _PREFETCHED = 3  # micro-batches each worker holds ready
 
 
@@ -171,7 +171,7 @@ class _CropWindows(Dataset[MicroBatch]):
         Files that cannot be read are added to `bad`.
         """
         index, plan = key.index, self.plan
-        for attempt in range(_REPLACEMENTS + 1):
+        for attempt in range(REPLACEMENTS + 1):
             name = self.source.name(index)
             try:
                 # Seeded anew for each attempt: what a bad file drew before it failed must not matter.
@@ -194,7 +194,7 @@ class _CropWindows(Dataset[MicroBatch]):
                     crops = [jitter(crop) for crop in crops]
                 return crops, name
         name, reason = bad[-1]
-        raise UserError(f"{_REPLACEMENTS + 1} files in a row cannot be read, the last {name}: {reason}")
+        raise UserError(f"{REPLACEMENTS + 1} files in a row cannot be read, the last {name}: {reason}")
 
 
 def cut_windows(crop: np.ndarray, corners_px: np.ndarray, windows: np.ndarray) -> None:

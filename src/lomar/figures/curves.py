@@ -39,7 +39,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class _Quality:
-    """A judgement of the features that is made now and then, step 0 included."""
+    """A judgement of the features, or of a classifier, that is made now and then."""
 
     key: str
     label: str
@@ -47,19 +47,20 @@ class _Quality:
 
 
 QUALITIES = (
+    _Quality("top1", "validation top-1 accuracy (%)", 100.0),
     _Quality("knn_top1", "k-NN top-1 accuracy (%)", 100.0),
     _Quality("effective_rank", "effective rank of the features", 1.0),
 )
 
 
 def learning_curves(rows: Sequence[Row], path: Path) -> None:
-    """Writes one run's loss, learning rate, gradient norm and feature quality against the optimiser step, as PNG.
+    """Writes one run's loss, learning rate, gradient norm and quality against the optimiser step, as PNG.
 
-    The loss is drawn raw (light) and smoothed. Quality is k-NN accuracy where the run has it, else effective rank;
-    its step-0 value is the dashed line "random initialisation". A panel without a single value is left out.
+    The loss is drawn raw (light) and smoothed. Quality is validation or k-NN accuracy where the run has it, else
+    effective rank; its step-0 value is the dashed line "random initialisation". A panel without a value is left out.
 
     Args:
-        rows: rows of `metrics.jsonl`: step, and any of loss, lr, grad_norm, knn_top1, effective_rank.
+        rows: rows of `metrics.jsonl`: step, and any of loss, lr, grad_norm, top1, knn_top1, effective_rank.
         path: the PNG, replaced atomically.
 
     Raises:
@@ -83,7 +84,7 @@ def learning_curves(rows: Sequence[Row], path: Path) -> None:
             axes = figure.add_subplot(down, across, place)
             draw(axes)
             axes.set_xlabel("optimiser step")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def compare_curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
@@ -93,8 +94,8 @@ def compare_curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
     quality is a dashed line in its colour.
 
     Args:
-        runs: name for the legend -> rows of `metrics.jsonl`: step, epoch, and any of loss, knn_top1,
-            effective_rank, elapsed_s.
+        runs: name for the legend -> rows of `metrics.jsonl`: step, epoch, and any of loss, top1,
+            knn_top1, effective_rank, elapsed_s.
         path: the PNG, replaced atomically.
 
     Raises:
@@ -126,7 +127,7 @@ def compare_curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
                 _draw_quality(axes, runs, quality, x)
             axes.set_xlabel("epoch" if x == "epoch" else "elapsed time (hours)")
             axes.legend()
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _draw_noisy(axes: Axes, step: Values, values: Values) -> None:
@@ -170,8 +171,9 @@ def _draw_quality(axes: Axes, runs: Mapping[str, Sequence[Row]], quality: _Quali
         for untrained in quality.factor * value[step == 0][:1]:
             dashed = UNTRAINED if len(runs) == 1 else colour
             axes.axhline(untrained, color=dashed, linestyle="--", linewidth=1.1, zorder=1)
-    # One entry for the dashed lines, however many there are.
-    axes.plot([], [], color=UNTRAINED, linestyle="--", linewidth=1.1, label="random initialisation")
+    if any(row["step"] == 0 and row.get(quality.key) is not None for rows in runs.values() for row in rows):
+        # One entry for the dashed lines, however many there are.
+        axes.plot([], [], color=UNTRAINED, linestyle="--", linewidth=1.1, label="random initialisation")
     axes.set_ylabel(quality.label)
     axes.legend()
 
@@ -217,7 +219,8 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[index % len(COLOURS)] for index in range(count)]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure of matplotlib as PNG, replaced atomically."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)

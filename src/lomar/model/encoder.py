@@ -59,6 +59,7 @@ class Encoder(Transformer):
         in_chans: input channels C.
         num_classes: outputs of `head`; 0 leaves the pooled features.
         global_pool: "avg" pools patch tokens, "token" takes the cls token, "" keeps all tokens.
+        fc_norm: whether `fc_norm` normalises the pooled vector and `norm` is absent; None is as said above.
         embed_dim, depth, num_heads: see `SIZES`.
         mlp_ratio: hidden width of the perceptrons over `embed_dim`.
         drop_rate: dropout before `head`.
@@ -82,6 +83,7 @@ class Encoder(Transformer):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
+        fc_norm: bool | None = None,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -129,10 +131,10 @@ class Encoder(Transformer):
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        pools_for_head = num_classes > 0 and global_pool == "avg"
-        if pools_for_head:
+        normalises_pooled = num_classes > 0 and global_pool == "avg" if fc_norm is None else fc_norm
+        if normalises_pooled:
             self.norm = nn.Identity()
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=NORM_EPS) if pools_for_head else nn.Identity()
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=NORM_EPS) if normalises_pooled else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
@@ -189,9 +191,14 @@ class Encoder(Transformer):
         tokens = self.place(self.patch_embed(images).to(self.cls_token.dtype), coordinates, extent)
         return self.prepend_cls(tokens), self.relate(coordinates, extent)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, height, width) normalised images -> (B, 1 + N, D) tokens, cls first, after the final norm."""
-        return self.norm(self.run_blocks(*self._tokens(x)))
+    def forward_features(self, x: Tensor, paths: Tensor | None = None) -> Tensor:
+        """(B, C, height, width) normalised images -> (B, 1 + N, D) tokens, cls first, after the final norm.
+
+        Args:
+            x: the images.
+            paths: (B, depth, 2) uniform numbers that decide for drop path; without them it draws its own in training.
+        """
+        return self.norm(self.run_blocks(*self._tokens(x), paths=paths))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, 1 + N, D) tokens -> logits (B, num_classes), or the pooled features before `head`."""
@@ -298,10 +305,19 @@ class Encoder(Transformer):
         }
 
 
-def _names() -> dict[str, tuple[str, int]]:
-    """timm name -> size and patch side."""
-    sizes = {f"lomar_vit_{size}_patch{p}": (size, p) for size in SIZES if size != "huge" for p in (8, 14, 16)}
-    return sizes | {"lomar_vit_huge_patch14": ("huge", 14)}
+# An encoder of any size: whoever names it gives the size too, as the config.json of `lomar export` does.
+ANY_SIZE = "lomar_vit"
+
+
+def _shapes() -> dict[str, dict[str, int]]:
+    """timm name -> the arguments of `Encoder` that it stands for."""
+    named = [(size, patch) for size in SIZES if size != "huge" for patch in (8, 14, 16)] + [("huge", 14)]
+    shapes: dict[str, dict[str, int]] = {ANY_SIZE: {}}
+    for size, patch in named:
+        width, depth, heads = SIZES[size]
+        shape = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+        shapes[f"lomar_vit_{size}_patch{patch}"] = shape
+    return shapes
 
 
 default_cfgs = generate_default_cfgs(
@@ -320,16 +336,13 @@ default_cfgs = generate_default_cfgs(
             "classifier": "head",
             "license": "apache-2.0",
         }
-        for name in _names()
+        for name in _shapes()
     }
 )
 
 
-def _entry_point(name: str, size: str, patch_size: int) -> Callable[..., Encoder]:
-    width, depth, heads = SIZES[size]
-
+def _entry_point(name: str, shape: dict[str, int]) -> Callable[..., Encoder]:
     def create(pretrained: bool = False, **kwargs: Any) -> Encoder:
-        shape = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
         return build_model_with_cfg(
             Encoder,
             name,
@@ -339,9 +352,10 @@ def _entry_point(name: str, size: str, patch_size: int) -> Callable[..., Encoder
         )
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"LoMaR encoder: {width} wide, {depth} deep, {heads} heads, {patch_size}-pixel patches."
+    values = ", ".join(f"{argument} {value}" for argument, value in shape.items())
+    create.__doc__ = f"LoMaR encoder: {values or 'of the arguments that are given, as for `Encoder`'}."
     return register_model(create)
 
 
-for _name, (_size, _patch) in _names().items():
-    _entry_point(_name, _size, _patch)
+for _name, _shape in _shapes().items():
+    _entry_point(_name, _shape)

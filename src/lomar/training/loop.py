@@ -13,6 +13,7 @@ from typing import Any, Self, cast
 
 import torch
 from lightning_fabric import Fabric
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from lomar.data.loader import MicroBatch
@@ -134,18 +135,19 @@ class NonFiniteError(Exception):
 
 
 class Trainer:
-    """One pretraining run: method, optimiser, progress, and where they are written.
+    """One run: what is trained, optimiser, progress, and where they are written.
 
     Args:
         fabric: devices, precision and processes.
-        method: (pixels, corners, hidden) -> sum of losses and count of hidden patches.
-        optimizer: over the method's parameters.
+        method: a batch's inputs by name -> sum of losses and how many they are (hidden patches, images).
+        optimizer: over the method's parameters; a group's `lr_scale` is a factor of its rate.
         course: what to do.
         batches: first step -> micro-batches from that step on.
         run: the run's folder.
         display: progress.
         export: writes what a user takes away (encoder, reconstructor) into the run; called at every checkpoint.
         evaluate: step -> named numbers; called at step 0, now and then, and at the end.
+        average: a moving average of the method's weights, updated at each step.
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class Trainer:
         display: Display,
         export: Callable[[], None],
         evaluate: Callable[[int], Row],
+        average: ModelEmaV3 | None = None,
     ) -> None:
         self.fabric = fabric
         self.method = method
@@ -169,6 +172,7 @@ class Trainer:
         self.display = display
         self.export = export
         self.evaluate = evaluate
+        self.average = average
         self.progress = Progress()
         self.finished = False
         self.metrics = Metrics(run / "metrics.jsonl")
@@ -189,7 +193,7 @@ class Trainer:
                 "progress": vars(self.progress).copy(),
                 "fingerprint": self.course.fingerprint,
                 "finished": self.finished,
-            }
+            } | ({"average": self.average.module.state_dict()} if self.average else {})
             # Before the checkpoint: a run that was killed here then makes these files again.
             self.export()
             save_checkpoint(self.checkpoint, state)
@@ -209,6 +213,8 @@ class Trainer:
             try:
                 self.method.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
+                if self.average:
+                    self.average.module.load_state_dict(state["average"])
                 self.progress = Progress(**state["progress"])
                 self.finished = state["finished"]
             except (KeyError, TypeError, RuntimeError, ValueError) as error:
@@ -285,9 +291,9 @@ class Trainer:
         course, progress = self.course, self.progress
         lr = course.schedule.lr(progress.step) * progress.lr_factor
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
-        hidden = torch.zeros_like(loss_sum)
+        counted = torch.zeros_like(loss_sum)
         names: list[str] = []
         waited_s = 0.0
         last = False
@@ -304,22 +310,24 @@ class Trainer:
                 # DDP averages over processes; with the world size the gradients add up to that of the sum.
                 self.fabric.backward(losses * (self.fabric.world_size / course.batch_size))
             loss_sum += losses.detach()
-            hidden += count
-        loss_sum, hidden_sum = self._sum(torch.stack([loss_sum, hidden]))
-        grad_norm = self._scale_gradients(course.batch_size / hidden_sum)
+            counted += count
+        loss_sum, count_sum = self._sum(torch.stack([loss_sum, counted]))
+        grad_norm = self._scale_gradients(course.batch_size / count_sum)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
+        if self.average:
+            self.average.update(self.method)
         row: Row = {
             "step": progress.step,
             "epoch": round(progress.step * course.batch_size / course.images, 6),
             "lr": lr,
             "data_wait": waited_s,  # becomes a share of the time in `flush`
         }
-        return row, loss_sum / hidden_sum, grad_norm, names
+        return row, loss_sum / count_sum, grad_norm, names
 
     def _scale_gradients(self, scale: Tensor) -> Tensor:
-        """Turn gradients of (sum / batch) into those of the mean over hidden patches; clip them; return their norm."""
+        """Turn gradients of (sum / batch) into those of the mean; clip them; return their norm."""
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) * scale
         clip = self.course.clip_grad

@@ -1,10 +1,12 @@
-"""The optimiser of pretraining and its schedule."""
+"""Optimisers of pretraining and fine-tuning, and their schedule."""
 
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 
@@ -36,6 +38,27 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW over `decay_groups`; the learning rate is set at each step."""
     return torch.optim.AdamW(decay_groups(model, weight_decay, spared), lr=0.0, betas=betas, fused=True)
+
+
+def layerwise_adamw(
+    model: nn.Module, weight_decay: float, betas: tuple[float, float], layer_decay: float
+) -> torch.optim.AdamW:
+    """AdamW whose rate falls from each layer to the one before, for fine-tuning.
+
+    A group's `lr_scale` is layer_decay^(depth + 1 - id), where id is 0 of the stem, i + 1 of block i, depth + 1 of the
+    rest. What the model names in `no_weight_decay`, and parameters of one dimension, are not decayed.
+
+    Args:
+        model: of timm's contract; parameters that are not trained are left out.
+        weight_decay: of the rest.
+        betas: AdamW's momenta.
+        layer_decay: 1 for one rate.
+
+    Source: BEiT, as MAE and LoMaR fine-tune; timm's implementation.
+    """
+    contract: Any = model
+    groups = param_groups_layer_decay(model, weight_decay, contract.no_weight_decay(), layer_decay=layer_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,238 @@
+"""`lomar finetune`: an encoder and labelled images -> a classifier."""
+
+import hashlib
+import signal
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from lomar.commands.finetune_settling import LAST_FILE, SettledFinetuning, settle, settle_again
+from lomar.commands.judging import EVALUATION_FILE, judged, numbers_of, summary, write_judgement
+from lomar.commands.runs import CONFIG_FILE, asked_for, begin, make_fabric
+from lomar.data.labels import Labelled
+from lomar.data.loader import MicroBatch
+from lomar.data.supervised import training_batches
+from lomar.downstream.classify import Classification
+from lomar.errors import UserError
+from lomar.figures.curves import learning_curves
+from lomar.interop.models import SCRATCH
+from lomar.interop.weights import CLASSIFIER_FILE, load, save_classifier
+from lomar.model import Encoder
+from lomar.options import FinetuneOptions, convert, fields_of, suggestion
+from lomar.training.loop import Course, StopRequest, Trainer
+from lomar.training.optim import Schedule, layerwise_adamw
+from lomar.training.records import Display, Metrics, Row, close_log
+
+# Everything a run may hold; --overwrite deletes these and nothing else.
+RUN_FILES = (
+    CONFIG_FILE,
+    "metrics.jsonl",
+    "checkpoints",
+    CLASSIFIER_FILE,
+    LAST_FILE,
+    EVALUATION_FILE,
+    "figures",
+    "train.log",
+    "tensorboard",
+    "bad_files.txt",
+)
+JUDGED_AT_ONCE = 32  # images
+EVALUATIONS = 20  # at most, when their interval is not given
+
+
+def finetune(**options: Any) -> Path:
+    """Fine-tune a classifier; the same keys as the options of `lomar finetune`, with underscores.
+
+    Returns:
+        The run's folder, for `lomar.load`.
+
+    Raises:
+        KeyboardInterrupt: SIGINT came; the run is saved and can be resumed.
+        SystemExit: SIGTERM came; likewise.
+        UserError: an option is unknown, wrong or does not fit the others, or the images cannot be used.
+        TrainingError: the loss is not finite, twice.
+    """
+    known = fields_of(FinetuneOptions)
+    for name in options:
+        if name not in known:
+            raise UserError(f"there is no option {name!r}{suggestion(name, list(known))}")
+    status = command({name: convert(FinetuneOptions, name, value) for name, value in options.items()})
+    if status == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    if status:
+        raise SystemExit(status)
+    return Path(options["out"])
+
+
+def command(given: Mapping[str, Any]) -> int:
+    """Run `lomar finetune` with the options that were given; returns the exit status."""
+    paths = ("data", "val") if str(given.get("model", "")).startswith(SCRATCH) else ("data", "val", "model")
+    asked = asked_for(given, FinetuneOptions, paths)
+    if "out" not in asked:
+        raise UserError("--out is missing: the folder in which to make the run")
+    run = Path(asked["out"])
+    resume = bool(asked.get("resume"))
+    settled = (settle_again if resume else settle)(asked, run)
+    options = settled.options
+    fabric = make_fabric(settled.hardware.device, options.precision)
+    torch.manual_seed(options.seed)
+    classifier, done = settled.build()
+    begin(fabric, run, options, RUN_FILES, resume, lambda: None)
+    try:
+        with Display(options.log_every, enabled=fabric.is_global_zero) as display, StopRequest() as stop:
+            for note in [*settled.notes, *([] if resume else done)]:
+                display.say(note)
+            return _train(fabric, run, settled, classifier, display, stop)
+    finally:
+        close_log()
+
+
+def _train(
+    fabric: Fabric, run: Path, settled: SettledFinetuning, classifier: Encoder, display: Display, stop: StopRequest
+) -> int:
+    options = settled.options
+    course = _course(options, settled.data.train)
+
+    def batches(first_step: int) -> Generator[MicroBatch, None, None]:
+        yield from training_batches(
+            settled.data.train,
+            settled.fmt,
+            settled.augmentation,
+            settled.input.normalise,
+            depth=len(classifier.blocks) if classifier.drop_path_rate else 0,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            micro_batch=options.micro_batch,
+            first_batch=first_step,
+            total_batches=course.total_steps,
+            workers=options.workers,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            pin_memory=fabric.device.type == "cuda",
+        )
+
+    method = Classification(classifier)
+    optimizer = layerwise_adamw(classifier, options.weight_decay, options.betas, options.layer_decay)
+    average = ModelEmaV3(method.to(fabric.device), decay=options.ema) if options.ema else None
+    shown = average.module.encoder if average else classifier
+    evaluation = Evaluation(fabric, settled, shown, run, display)
+
+    def export() -> None:
+        save_classifier(run / LAST_FILE, shown, settled.data.classes)
+        if not (run / CLASSIFIER_FILE).exists():  # so that there is one before the first evaluation
+            save_classifier(run / CLASSIFIER_FILE, shown, settled.data.classes)
+
+    trainer = Trainer(fabric, method, optimizer, course, batches, run, display, export, evaluation, average)
+    trainer.restore()
+    if trainer.finished:
+        display.say(f"the run in {run} is finished: {trainer.progress.step} steps")
+        return 0
+    if trainer.progress.step == 0:
+        trainer.save()  # from here on the run can be loaded and resumed
+    try:
+        finished = trainer.run(stop)
+    finally:
+        trainer.close()
+    if fabric.is_global_zero:
+        learning_curves(Metrics.read(run / "metrics.jsonl"), run / "figures" / "curves.png")
+    if not finished:
+        display.say(f"stopped after step {trainer.progress.step}; go on with: lomar finetune --out {run} --resume")
+        return 128 + stop.signal_number
+    if fabric.is_global_zero:
+        _conclude(run, settled, evaluation, display)
+    return 0
+
+
+class Evaluation:
+    """Called with a step; returns accuracies, and keeps the best classifier so far.
+
+    Args:
+        fabric: device and precision.
+        settled: the images that judge, and how they are read.
+        classifier: what is judged: the one that is trained, or its moving average.
+        run: the run's folder.
+        display: where to tell of it.
+    """
+
+    def __init__(
+        self, fabric: Fabric, settled: SettledFinetuning, classifier: Encoder, run: Path, display: Display
+    ) -> None:
+        self.fabric = fabric
+        self.settled = settled
+        self.classifier = classifier
+        self.run = run
+        self.display = display
+
+    def __call__(self, step: int) -> Row:
+        """Accuracies at a step; nothing at the first, when the classifier guesses."""
+        if step == 0:
+            return {}
+        with self.fabric.autocast():
+            found = self.judge(self.classifier)
+        if found is None:
+            self.display.say("no image that judges can be read")
+            return {}
+        numbers = {name: round(value, 6) for name, value in numbers_of(found).items()}
+        before = [row["top1"] for row in Metrics.read(self.run / "metrics.jsonl") if row.get("top1") is not None]
+        if found.top1 > max(before, default=-1.0):
+            save_classifier(self.run / CLASSIFIER_FILE, self.classifier, self.settled.data.classes)
+        self.display.say(f"step {step}: {summary(found, self.settled.data.classes)[0]}")
+        return numbers
+
+    def judge(self, classifier: nn.Module) -> Any:
+        """How a classifier on the device does on the images that judge."""
+        settled = self.settled
+        val, classes, workers = settled.data.val, len(settled.data.classes), settled.options.workers
+        return judged(classifier, val, classes, settled.input, self.fabric.device, JUDGED_AT_ONCE, workers)
+
+
+def _conclude(run: Path, settled: SettledFinetuning, evaluation: Evaluation, display: Display) -> None:
+    """Judge the best classifier once more, class by class, and say where everything is."""
+    best = load(run / CLASSIFIER_FILE).to(evaluation.fabric.device)
+    with evaluation.fabric.autocast():
+        found = evaluation.judge(best)
+    if found is not None:
+        about = {
+            "model": str(run / CLASSIFIER_FILE),
+            "data": settled.options.val or settled.options.data,
+            "image_size": list(settled.size),
+        }
+        write_judgement(run, run / "figures", found, settled.data.classes, about)
+        for line in summary(found, settled.data.classes):
+            display.say(line)
+    display.say(
+        f"the best classifier is in {run / CLASSIFIER_FILE}, the last in {run / LAST_FILE}; to use it:\n"
+        f"    lomar predict --model {run} --images DIR --out predictions.csv\n"
+        f'    import lomar; classifier = lomar.load("{run}")      # a timm model; classifier(images) is logits'
+    )
+
+
+def _course(options: FinetuneOptions, train: Labelled) -> Course:
+    count = len(train)
+    steps_per_epoch = count / options.batch_size
+    total = options.max_steps or max(1, round((options.epochs or 1) * steps_per_epoch))
+    every = options.eval_every * steps_per_epoch if options.eval_every else max(steps_per_epoch, total / EVALUATIONS)
+    labels = hashlib.blake2b(train.labels.tobytes(), digest_size=8).hexdigest()
+    return Course(
+        total_steps=total,
+        images=count,
+        batch_size=options.batch_size,
+        fingerprint=f"{train.source.fingerprint()}-{labels}",
+        schedule=Schedule(
+            peak_lr=options.base_lr * options.batch_size / 256,
+            warmup_steps=options.warmup_epochs * steps_per_epoch,
+            total_steps=total,
+            min_lr=options.min_lr,
+        ),
+        clip_grad=options.clip_grad,
+        checkpoint_steps=options.checkpoint_steps,
+        checkpoint_minutes=options.checkpoint_minutes,
+        evaluation_steps=max(1, round(every)),
+        evaluation_forced=options.eval_every is not None,
+        max_bad_share=options.max_bad_share,
+    )

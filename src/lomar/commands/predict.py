@@ -1,0 +1,80 @@
+"""`lomar predict`: the classes that a fine-tuned classifier sees in images, as a table."""
+
+import csv
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lomar.commands.judging import Session
+from lomar.data.sources import ImageSource, open_source
+from lomar.errors import UserError
+from lomar.files import write_atomically
+from lomar.options import PredictOptions
+
+
+def command(given: Mapping[str, Any]) -> int:
+    """Run `lomar predict` with the options that were given; returns the exit status."""
+    for name in ("model", "images", "out"):
+        if name not in given:
+            raise UserError(f"--{name} is missing; see lomar predict --help")
+    options = PredictOptions(**given)
+    out = Path(options.out)
+    if out.suffix.lower() != ".csv":
+        raise UserError(f"--out is {out}; it must end in .csv")
+    session = Session(options.model, options.image_size, options.device, options.precision)
+    if options.top > len(session.classes):
+        raise UserError(f"--top is {options.top}; the model knows {len(session.classes)} classes")
+    source = _images(options.images)
+    unreadable: list[str] = []
+
+    def write(path: Path) -> None:
+        with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(_header(options.top))
+            table.writerows(_rows(session, source, options, unreadable))
+
+    try:
+        write_atomically(out, write)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    if len(unreadable) == len(source):
+        out.unlink()
+        raise UserError(f"--images: none of {len(source)} can be read, for example {unreadable[0]}")
+    sys.stdout.write(f"{len(source) - len(unreadable)} images, their classes in {out}\n")
+    if unreadable:
+        sys.stdout.write(
+            f"{len(unreadable)} could not be read and have empty cells, for example {', '.join(unreadable[:3])}\n"
+        )
+    return 0
+
+
+def _images(paths: Sequence[str]) -> ImageSource:
+    """All images that --images names, folders and lists included."""
+    found: list[bytes] = []
+    for path in paths:
+        source = open_source(path, flag="--images")
+        found += [source.path(index) for index in range(len(source))]
+    return ImageSource("", found)
+
+
+def _header(top: int) -> list[str]:
+    if top == 1:
+        return ["path", "label", "probability"]
+    return ["path", *(f"{what}_{rank}" for rank in range(1, top + 1) for what in ("label", "probability"))]
+
+
+def _rows(session: Session, source: ImageSource, options: PredictOptions, unreadable: list[str]) -> Iterator[list[str]]:
+    """A line for each image in order; the names of those that cannot be read are added to `unreadable`."""
+    index = 0
+    for found, good in session.answers(source, options.batch_size, options.workers):
+        best, classes = found.topk(options.top, dim=1)
+        for shares, numbers, readable in zip(best.tolist(), classes.tolist(), good.tolist(), strict=True):
+            path = source.path(index).decode("utf-8", "surrogateescape")
+            index += 1
+            if not readable:
+                unreadable.append(source.name(index - 1))
+                yield [path] + [""] * (2 * options.top)
+                continue
+            told = [(session.classes[n], f"{share:.6f}") for share, n in zip(shares, numbers, strict=True)]
+            yield [path, *(cell for pair in told for cell in pair)]

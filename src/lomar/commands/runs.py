@@ -1,0 +1,209 @@
+"""The folder of a run: how it is begun, what is kept of it, what may change when it is resumed."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning_fabric import Fabric
+
+from lomar import __version__
+from lomar.commands.automatic import Choice, Hardware, micro_batch
+from lomar.data.survey import Survey
+from lomar.errors import UserError
+from lomar.files import write_atomically
+from lomar.options import AUTO, fields_of, flag, read_config
+from lomar.training.loop import process_count
+from lomar.training.records import open_log
+
+CONFIG_FILE = "config.yaml"
+# What a resumed run is told anew, and a configuration does not hold.
+_ABOUT_THIS_CALL = ("config", "resume", "overwrite", "out")
+
+
+def asked_for(given: Mapping[str, Any], options: type, paths: tuple[str, ...]) -> dict[str, Any]:
+    """What flags and --config ask for; "auto" asks for nothing.
+
+    Args:
+        given: the options that were typed.
+        options: their class.
+        paths: those that name files, made absolute: the run may be resumed from another folder.
+    """
+    config = read_config(given["config"], options) if given.get("config") else {}
+    automatic = {name for name, f in fields_of(options).items() if f.metadata["auto"] == AUTO}
+    asked = {
+        name: value
+        for name, value in merged(config, given).items()
+        if value is not None and not (name in automatic and value == "auto")
+    }
+    for name in paths:
+        if name in asked and asked[name] != "sample":
+            asked[name] = os.path.abspath(asked[name])  # noqa: PTH100 (links stay as they are)
+    return asked
+
+
+def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """`upper` over `lower`; what is given higher up also beats its rivals: steps and epochs, statistics and numbers."""
+    if "epochs" in upper and "max_steps" in upper and upper["epochs"] is not None and upper["max_steps"] is not None:
+        raise UserError("--epochs and --max-steps are both given; give one")
+    length = {"epochs", "max_steps", "warmup_epochs"}  # of a run: a warm-up is for the length it was given with
+    beaten = {"epochs": length, "max_steps": length, "statistics": {"mean", "std"}}
+    rivals = {rival for name, names in beaten.items() if upper.get(name) is not None for rival in names}
+    return {key: value for key, value in lower.items() if key not in rivals} | dict(upper)
+
+
+def holds_run(run: Path) -> bool:
+    """Whether a folder holds a run, or what is left of one."""
+    return any((run / name).exists() for name in (CONFIG_FILE, "metrics.jsonl", "checkpoints"))
+
+
+def check_new(run: Path, asked: Mapping[str, Any]) -> None:
+    """Refuse to begin a run where something is in the way.
+
+    Raises:
+        UserError: a run is there already, or a file.
+    """
+    if holds_run(run) and not asked.get("overwrite"):
+        raise UserError(f"--out {run} already holds a run; --resume goes on with it, --overwrite deletes it")
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--out {run} is a file; it must be a folder")
+
+
+def stored(run: Path, asked: Mapping[str, Any], options: type) -> dict[str, Any]:
+    """The options of the run in a folder, with those that were asked for anew.
+
+    Raises:
+        UserError: there is no run, its configuration is not whole, or another result is asked for.
+    """
+    if asked.get("overwrite"):
+        raise UserError("--resume and --overwrite are both given; give one")
+    file = run / CONFIG_FILE
+    if not file.exists():
+        raise UserError(f"--out {run} holds no run to resume: there is no {CONFIG_FILE} in it")
+    kept = read_config(str(file), options)
+    fields = fields_of(options)
+    for name, value in asked.items():
+        if fields[name].metadata["results"] and kept.get(name) != value:
+            raise UserError(
+                f"{flag(name)} is {value!r}, but the run in {run} has {kept.get(name)!r}; "
+                "a resumed run keeps what changes its results"
+            )
+    values = kept | dict(asked)
+    missing = [name for name, field in fields.items() if field.default is MISSING and name not in values]
+    if missing:
+        raise UserError(f"{file} is not complete: it lacks {', '.join(missing)}")
+    if (values.get("epochs") is None) == (values.get("max_steps") is None):
+        raise UserError(f"{file} is not what a run writes: it must settle one of epochs and max_steps")
+    return values
+
+
+def make_fabric(device: str, precision: str) -> Fabric:
+    """Devices, precision and the processes that torchrun started."""
+    processes = process_count()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces what the run announces itself
+    fabric = Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=max(1, processes // local),
+        strategy="ddp" if processes > 1 else "auto",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+    )
+    fabric.launch()
+    return fabric
+
+
+def begin(
+    fabric: Fabric, run: Path, options: Any, files: tuple[str, ...], resume: bool, prepare: Callable[[], object]
+) -> None:
+    """Make the run's folder and open its log; from here on the run exists.
+
+    Args:
+        fabric: the first process does it, the others wait.
+        run: the folder.
+        options: all settled.
+        files: everything such a run may hold; --overwrite deletes these and nothing else.
+        resume: whether the run is there already.
+        prepare: writes what belongs to the run from its beginning, into the folder.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    fabric.barrier()
+    if fabric.is_global_zero:
+        try:
+            if not resume:
+                # The configuration goes last and comes first, so that a folder with anything in it is known as a run.
+                for name in reversed(files) if options.overwrite and holds_run(run) else ():
+                    _delete(run / name)
+                run.mkdir(parents=True, exist_ok=True)
+                prepare()
+                _write_config(run, options)
+            log = open_log(run)
+        except OSError as error:
+            raise UserError(f"--out {run} cannot be written: {error.strerror}") from error
+        log.info("lomar %s, options in %s", __version__, run / CONFIG_FILE)
+    fabric.barrier()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_config(run: Path, options: Any) -> None:
+    values = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items() if k not in _ABOUT_THIS_CALL
+    }
+    text = yaml.safe_dump(values, sort_keys=False)
+    write_atomically(run / CONFIG_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def fitting_micro_batch(kept: Callable[[int], int], weights: int, batch_size: int, hardware: Hardware) -> Choice:
+    """Images per forward pass: what one image keeps is measured, as the difference of two images and one.
+
+    Args:
+        kept: count of images -> bytes kept for the backward pass.
+        weights: numbers that are trained.
+        batch_size: images of a step, over all processes.
+        hardware: where the run computes.
+    """
+    share = -(-batch_size // process_count())
+    # Weight, gradient and two moments in float32.
+    return micro_batch(kept(2) - kept(1), 16 * weights, share, hardware)
+
+
+def notes_on(found: Survey, choices: Mapping[str, Choice], smallest_side: int) -> list[str]:
+    """What the user should know before a run starts.
+
+    Args:
+        found: the images.
+        choices: the automatic ones.
+        smallest_side: shorter side of what the model sees, in pixels.
+    """
+    notes = [f"{found.count} images, shorter side {found.median_short_side_px} px (median of {found.probed} read)"]
+    if found.unreadable:
+        name, reason = found.unreadable[0]
+        notes.append(
+            f"{len(found.unreadable)} of them cannot be read and will be skipped, for example {name}: {reason}"
+        )
+    if found.smallest_short_side_px < smallest_side:
+        notes.append(
+            f"warning: the smallest image's shorter side is {found.smallest_short_side_px} px; "
+            f"it will be enlarged to --image-size {smallest_side}"
+        )
+    chosen = {name: choice for name, choice in choices.items() if choice.value is not None and choice.reason}
+    if chosen:
+        notes.append("chosen for you (give the option to decide yourself):")
+        notes += [f"  {flag(name):<14} {_shown(choice.value):<10} {choice.reason}" for name, choice in chosen.items()]
+    return notes
+
+
+def _shown(value: Any) -> str:
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,238 @@
+"""Augmented batches of labelled images, deterministic and resumable as those of pretraining.
+
+The crop and the flip are ours, for any format; RandAugment, random erasing, mixup and CutMix are timm's. Each draw
+depends on (seed, epoch, image) or, of mixing, on (seed, batch) alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lomar.data.augment import LUMA, ColorJitter, random_resized_crop
+from lomar.data.decode import PixelFormat, read_image
+from lomar.data.labels import Labelled
+from lomar.data.loader import (
+    REPLACEMENTS,
+    MicroBatch,
+    SampleKey,
+    loaded,
+    micro_batch_keys,
+    share_of_batch,
+    stream,
+)
+from lomar.data.survey import reason_for
+from lomar.errors import BadImageError, UserError
+from lomar.seeding import globally_seeded, seeded
+
+NO_POLICY = "none"
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What becomes of an image and its label before a classifier learns from them.
+
+    Args:
+        size_px: (height, width) of the crop.
+        crop_scale: smallest and largest share of an image's area that a crop takes.
+        policy: of timm (rand-..., augmix-..., v0), for 8-bit gray and colour; "none" for none.
+        mean: of each channel, 0 to 1; what a policy fills with.
+        color_jitter: strength of random brightness, contrast and saturation.
+        erase: probability that a box of the image becomes noise.
+        mixup: alpha of mixup, 0 for none.
+        cutmix: alpha of CutMix, 0 for none.
+        smoothing: share of the target that all classes have in common.
+        classes: their number.
+    """
+
+    size_px: tuple[int, int]
+    crop_scale: tuple[float, float]
+    policy: str
+    mean: tuple[float, ...]
+    color_jitter: float
+    erase: float
+    mixup: float
+    cutmix: float
+    smoothing: float
+    classes: int
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, two and two."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def policy_transform(policy: str, size_px: tuple[int, int], mean: tuple[float, ...]) -> Callable[..., Image.Image]:
+    """timm's transform of a policy, on PIL images; filled with the mean, bicubic, shifts relative to the shorter side.
+
+    Args:
+        policy: such as "rand-m9-mstd0.5-inc1", the one of MAE's and LoMaR's fine-tuning.
+        size_px: (height, width) of the images.
+        mean: of three channels, 0 to 1.
+
+    Raises:
+        ValueError: timm does not know the policy.
+    """
+    settings = {
+        "translate_const": int(min(size_px) * 0.45),
+        "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        if policy.startswith("rand"):
+            return rand_augment_transform(policy, settings)
+        if policy.startswith("augmix"):
+            return augment_and_mix_transform(policy, settings | {"translate_pct": 0.3})
+        return auto_augment_transform(policy, settings)
+    except (AssertionError, KeyError, ValueError, IndexError, NotImplementedError) as error:
+        raise ValueError(f"timm knows no augmentation {policy!r}") from error
+
+
+@dataclass(frozen=True)
+class _Augmented(Dataset[MicroBatch]):
+    """Samples of the stream: crops, augmented, with soft targets."""
+
+    labelled: Labelled
+    fmt: PixelFormat
+    augmentation: Augmentation
+    normalise: Callable[[Tensor], Tensor]
+    depth: int
+    seed: int
+    last_slot: int
+
+    def __getitems__(self, keys: list[SampleKey]) -> MicroBatch | UserError:
+        """A whole micro-batch; a UserError is returned, not raised: a worker would wrap it in its traceback."""
+        policy = self._policy()
+        erasing = (
+            RandomErasing(self.augmentation.erase, mode="pixel", device="cpu") if self.augmentation.erase else None
+        )
+        images, labels, names = [], [], []
+        bad: list[tuple[str, str]] = []
+        try:
+            for key in keys:
+                crop, index = self._crop(key, bad)
+                # One stream of chance for both, after the crop's: a policy may draw any number of times.
+                with globally_seeded(self.seed, key.epoch, key.index, "augment"):
+                    image = self.normalise(torch.from_numpy(_changed(crop, policy)))
+                    images.append(erasing(image) if erasing else image)
+                labels.append(int(self.labelled.labels[index]))
+                names.append(self.labelled.source.name(index))
+        except UserError as error:
+            return error
+        inputs = dict(
+            zip(("images", "targets"), self._mixed(torch.stack(images), torch.tensor(labels), keys), strict=True)
+        )
+        if self.depth:
+            drawn = [torch.rand(self.depth, 2, generator=seeded(self.seed, k.epoch, k.index, "paths")) for k in keys]
+            inputs["paths"] = torch.stack(drawn)
+        return MicroBatch(inputs, names, bad, keys[-1].slot == self.last_slot)
+
+    def _policy(self) -> Callable[..., Image.Image] | None:
+        told = self.augmentation
+        if told.policy == NO_POLICY:
+            return None
+        mean = told.mean if len(told.mean) == 3 else told.mean * 3
+        return policy_transform(told.policy, told.size_px, mean)
+
+    def _crop(self, key: SampleKey, bad: list[tuple[str, str]]) -> tuple[np.ndarray, int]:
+        """A random crop (C, H, W), mirrored or not, and its image's number; unreadable files are added to `bad`."""
+        index, told, source = key.index, self.augmentation, self.labelled.source
+        for attempt in range(REPLACEMENTS + 1):
+            name = source.name(index)
+            try:
+                generator = seeded(self.seed, key.epoch, key.index, "crop")
+                image = read_image(source.read(index), name)
+                box = random_resized_crop(image.height, image.width, told.crop_scale, generator=generator)
+                crop = image.crop(box, told.size_px, self.fmt)
+            except (BadImageError, OSError) as error:
+                bad.append((name, reason_for(error)))
+                chooser = seeded(self.seed, key.epoch, key.index, "replacement", attempt)
+                index = int(torch.randint(len(source), (1,), generator=chooser))
+            else:
+                if torch.rand(1, generator=generator).item() < 0.5:
+                    crop = crop[:, :, ::-1]
+                if told.color_jitter:
+                    crop = ColorJitter.draw(told.color_jitter, seeded(self.seed, key.epoch, key.index, "colour"))(crop)
+                return np.ascontiguousarray(crop), index
+        name, reason = bad[-1]
+        raise UserError(f"{REPLACEMENTS + 1} files in a row cannot be read, the last {name}: {reason}")
+
+    def _mixed(self, images: Tensor, labels: Tensor, keys: list[SampleKey]) -> tuple[Tensor, Tensor]:
+        """Images and soft targets (B, classes), mixed two and two with the share that the whole batch has.
+
+        timm's mixup takes the last image for the first one. Here partners are neighbours, so that neither micro-batches
+        nor processes part them; in a random order that is the same.
+        """
+        told = self.augmentation
+        if not told.mixes:
+            return images, mixup_target(labels, told.classes, smoothing=told.smoothing)
+        mixup = Mixup(told.mixup, told.cutmix, label_smoothing=told.smoothing, num_classes=told.classes)
+        order = torch.arange(len(keys))
+        order = torch.cat([order[::2], order[1::2].flip(0)])  # the partner of the first is the last
+        with globally_seeded(self.seed, keys[0].batch, "mix"):
+            mixed, targets = mixup(images[order], labels[order])
+        back = order.argsort()
+        return mixed[back], targets[back]
+
+
+def _changed(crop: np.ndarray, policy: Callable[..., Image.Image] | None) -> np.ndarray:
+    """(C, H, W) after a policy; gray goes through it as colour."""
+    if policy is None:
+        return crop
+    colour = np.repeat(crop, 3, axis=0) if len(crop) == 1 else crop
+    changed = np.array(policy(Image.fromarray(colour.transpose(1, 2, 0)))).transpose(2, 0, 1)
+    if len(crop) == 3:
+        return changed
+    return np.tensordot(np.array([LUMA], dtype=np.float32), changed, axes=1).round().astype(crop.dtype)
+
+
+def training_batches(
+    labelled: Labelled,
+    fmt: PixelFormat,
+    augmentation: Augmentation,
+    normalise: Callable[[Tensor], Tensor],
+    *,
+    depth: int,
+    seed: int,
+    batch_size: int,
+    micro_batch: int,
+    first_batch: int,
+    total_batches: int,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> Iterator[MicroBatch]:
+    """One process's micro-batches of global batches first_batch up to total_batches, in order.
+
+    Inputs are "images" (B, C, H, W) float32, "targets" (B, classes) of sum 1, and where `depth` is not 0 "paths"
+    (B, depth, 2), uniform numbers for drop path.
+
+    Args:
+        labelled: the images.
+        fmt: what their pixels become.
+        augmentation: what is done to them.
+        normalise: pixels (C, H, W) -> a model's input; must be picklable.
+        depth: blocks that need numbers for drop path.
+        seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory: as for
+            `lomar.data.loader.pretraining_batches`; batch, share of a process and micro-batch even where images are
+            mixed.
+
+    Raises:
+        UserError: one bad file after another.
+        ValueError: fewer samples in a batch than processes, or an odd number where images are mixed.
+    """
+    share = share_of_batch(batch_size, rank, world_size)
+    if augmentation.mixes and (share.start % 2 or share.stop % 2 or micro_batch % 2):
+        raise ValueError("images are mixed two and two: batch, shares of it and micro-batches must be even")
+    images = _Augmented(labelled, fmt, augmentation, normalise, depth, seed, last_slot=share.stop - 1)
+    batches = islice(stream(len(labelled), seed, batch_size, first_batch), total_batches - first_batch)
+    return loaded(images, micro_batch_keys(batches, share, micro_batch), workers, pin_memory)
