@@ -18,13 +18,13 @@ from lomar.figures.curves import compare_curves, learning_curves
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were saved."""
     figures: list[Figure] = []
-    save = curves._save
+    save = curves.save_figure
 
     def keep(figure: Figure, path: Path) -> None:
         figures.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(curves, "_save", keep)
+    monkeypatch.setattr(curves, "save_figure", keep)
     return figures
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lomar.methods.recipes import RECIPES
-from lomar.training.optim import Schedule, adamw, decay_groups
+from lomar.model import Encoder
+from lomar.training.optim import Schedule, adamw, decay_groups, layerwise_adamw
 
 
 def test_base_16_has_the_groups_of_the_released_code() -> None:
@@ -84,3 +85,32 @@ def test_a_warm_up_may_end_between_two_steps_or_not_be() -> None:
 
 def test_a_warm_up_longer_than_the_run_only_rises() -> None:
     assert [Schedule(1.0, 8.0, 4).lr(step) for step in range(4)] == [0.125, 0.25, 0.375, 0.5]
+
+
+def test_the_rates_of_fine_tuning_fall_from_layer_to_layer_as_in_the_released_code() -> None:
+    """SPEC A.10: B/16 with 0.65: 28 groups; stem 0.003697, block 0 0.005688, block 11 0.65, head 1; tables decay."""
+    with torch.device("meta"):
+        encoder = Encoder(num_classes=1000)
+    optimizer = layerwise_adamw(encoder, 0.05, (0.9, 0.999), 0.65)
+    scale_of = {id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    named = {name: scale_of[id(p)] for name, p in encoder.named_parameters()}
+    assert len(optimizer.param_groups) == 28 and len(named) == 163
+    for name, scale, decay in (
+        ("cls_token", 0.65**13, 0.0),
+        ("patch_embed.proj.weight", 0.65**13, 0.05),
+        ("blocks.0.attn.qkv.weight", 0.65**12, 0.05),
+        ("blocks.0.attn.rpe.table", 0.65**12, 0.05),
+        ("blocks.11.norm1.weight", 0.65, 0.0),
+        ("fc_norm.weight", 1.0, 0.0),
+        ("head.weight", 1.0, 0.05),
+    ):
+        assert named[name] == (pytest.approx(scale), decay), name
+    assert round(named["cls_token"][0], 6) == 0.003697 and round(named["blocks.0.norm1.weight"][0], 6) == 0.005688
+
+
+def test_what_is_frozen_is_in_no_group() -> None:
+    encoder = Encoder(32, 8, num_classes=3, embed_dim=16, depth=3, num_heads=2)
+    for parameter in encoder.blocks[0].parameters():
+        parameter.requires_grad_(False)
+    listed = [p for g in layerwise_adamw(encoder, 0.05, (0.9, 0.999), 0.5).param_groups for p in g["params"]]
+    assert len(listed) == len(list(encoder.parameters())) - len(list(encoder.blocks[0].parameters()))

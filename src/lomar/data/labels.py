@@ -161,7 +161,7 @@ def _is_table(path: str) -> bool:
 def _in_folders(source: ImageSource) -> _Named:
     """Images that lie in a class folder; stray ones are left out."""
     parts = [source.relative_path(index).split(b"/", 1) for index in range(len(source))]
-    kept = [index for index, part in enumerate(parts) if len(part) == 2]
+    kept = [index for index, part in enumerate(parts) if len(part) == 2 and part[0]]  # none of absolute paths
     return _Named(source.subset(kept), [parts[index][0].decode(errors="replace") for index in kept])
 
 

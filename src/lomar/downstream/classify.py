@@ -88,9 +88,11 @@ def classifier_of(
             notes.append(f"the model's head {why}: it was left out")
     own = classifier.state_dict()
     missing, _ = classifier.load_state_dict({n: t for n, t in state.items() if n in own}, strict=False)
-    new = [name for name in missing if not name.startswith(("head.", "fc_norm."))]
+    new = [name for name in missing if not name.startswith(("head.", "fc_norm.", "norm."))]
     if new:
         raise ValueError(f"the encoder lacks {', '.join(new)}")
+    if "norm.weight" in missing:
+        notes.append("the norm before the cls token is new: the model had none")
     if keeps_head:
         notes.append(f"the model's head for these {len(classes)} classes is kept")
     else:
