@@ -416,3 +416,26 @@ def test_beits_shared_bias_is_fine_tuned_block_by_block(
         tmp_path / "run --image-size 40",
     )
     assert outcome.status == 0, outcome.err
+
+
+def test_a_classifier_is_drawn_converted_and_begun_with_as_an_encoder_is(
+    lomar: Command, tuned: Path, labelled: Path, tmp_path: Path
+) -> None:
+    official = tmp_path / "tuned.pth"
+    outcome = lomar("convert --to official --model", tuned, "--out", official)
+    assert outcome.status == 0, outcome.err
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(package.load(official)(images), package.load(tuned)(images))
+    outcome = lomar(
+        "attention --model", tuned, "--images", labelled / "val" / "red" / "0.png", "--out", tmp_path / "a.png"
+    )
+    assert outcome.status == 0, outcome.err
+    outcome = lomar(
+        "pretrain --max-steps 1 --batch-size 4 --workers 0 --device cpu --image-size 32 --window-size 3 --init",
+        tuned,
+        "--data",
+        labelled,
+        "--out",
+        tmp_path / "more",
+    )
+    assert outcome.status == 0, outcome.err

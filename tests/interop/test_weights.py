@@ -168,11 +168,11 @@ def test_what_is_no_encoder_is_refused_in_one_line(tmp_path: Path, finished_run:
         save_file(tensors, tmp_path / "lacks.safetensors", metadata=file.metadata())
     for name, message in {
         "nowhere": "there is no run or file",
-        "empty": "holds no encoder.safetensors; is it the folder of a run that has begun?",
+        "empty": "holds neither encoder.safetensors nor classifier.safetensors; is it the folder of a run that has begun?",
         "text.safetensors": "is not a safetensors file",
         "half.safetensors": "is not a safetensors file",
-        "other.safetensors": "holds weights of something else, not the encoder of a run",
-        "odd.safetensors": "holds weights of something else, not the encoder of a run",
+        "other.safetensors": "holds weights of something else, not the encoder or classifier of a run",
+        "odd.safetensors": "holds weights of something else, not the encoder or classifier of a run",
         "bare.safetensors": "does not hold a whole encoder",
         "lacks.safetensors": "does not hold a whole encoder",
     }.items():
@@ -180,7 +180,7 @@ def test_what_is_no_encoder_is_refused_in_one_line(tmp_path: Path, finished_run:
             package.load(tmp_path / name)
         told = str(caught.value)
         assert name in told and message in told and "\n" not in told
-    with pytest.raises(UserError, match="holds reconstructor, not the encoder of a run"):
+    with pytest.raises(UserError, match="holds reconstructor, not the encoder or classifier of a run"):
         package.load(finished_run / "reconstructor.safetensors")
     with pytest.raises(UserError, match="holds encoder, not the reconstructor of a run"):
         load_reconstructor(finished_run / "encoder.safetensors")

@@ -103,7 +103,7 @@ def load_reconstructor(path: str | Path) -> tuple[MaskedReconstruction, Composit
 
 
 def load_most(path: str | Path) -> tuple[Encoder | MaskedReconstruction, tuple[float, ...], tuple[float, ...]]:
-    """The whole method where there is one, else the encoder; and mean and deviation of the pixels it is for.
+    """The whole method where there is one, else encoder or classifier; and mean and deviation of its pixels.
 
     Args:
         path: whatever `load` or `load_reconstructor` takes.
@@ -111,14 +111,13 @@ def load_most(path: str | Path) -> tuple[Encoder | MaskedReconstruction, tuple[f
     Raises:
         UserError: there is no such file, or it holds neither.
     """
-    path = Path(path)
-    file = _resolve(path, RECONSTRUCTOR_FILE if (path / RECONSTRUCTOR_FILE).exists() else ENCODER_FILE)
+    file = _resolve(Path(path), RECONSTRUCTOR_FILE, ENCODER_FILE, CLASSIFIER_FILE)
     if is_torch_file(file):
         official = read_official(file)
         composition = official.composition
         return official.method or official.encoder, composition.mean, composition.std
-    metadata, tensors = read_file(file, "encoder", "reconstructor")
-    if metadata["kind"] == "encoder":
+    metadata, tensors = read_file(file, "encoder", "classifier", "reconstructor")
+    if metadata["kind"] != "reconstructor":
         encoder = _encoder(file, metadata, tensors)
         return encoder, tuple(metadata["mean"]), tuple(metadata["std"])
     method, composition = _reconstructor(file, metadata, tensors)
@@ -187,7 +186,8 @@ def _resolve(path: Path, *names: str) -> Path:
     if path.is_dir():
         there = next((path / name for name in names if (path / name).exists()), None)
         if there is None:
-            raise UserError(f"{path} holds no {' or '.join(names)}; is it the folder of a run that has begun?")
+            lacks = f"no {names[0]}" if len(names) == 1 else f"neither {' nor '.join(names)}"
+            raise UserError(f"{path} holds {lacks}; is it the folder of a run that has begun?")
         return there
     if not path.exists():
         raise UserError(f"there is no run or file {path}")
