@@ -168,7 +168,7 @@ def test_what_is_no_encoder_is_refused_in_one_line(tmp_path: Path, finished_run:
         save_file(tensors, tmp_path / "lacks.safetensors", metadata=file.metadata())
     for name, message in {
         "nowhere": "there is no run or file",
-        "empty": "holds neither encoder.safetensors nor classifier.safetensors; is it the folder of a run that has begun?",
+        "empty": "holds neither encoder.safetensors nor classifier.safetensors; is it the folder of a run",
         "text.safetensors": "is not a safetensors file",
         "half.safetensors": "is not a safetensors file",
         "other.safetensors": "holds weights of something else, not the encoder or classifier of a run",

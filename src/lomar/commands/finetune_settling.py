@@ -203,7 +203,7 @@ def _fresh(values: Mapping[str, Any]) -> Encoder:
 def _takes(
     asked: Mapping[str, Any], found: Survey, data: LabelledData, loaded: Encoder | None, hardware: Hardware
 ) -> dict[str, Choice]:
-    """What the classifier takes: the encoder's, or of a fresh one what the images suggest; without what is asked for."""
+    """What the classifier takes, but for what is asked for: the encoder's, or what the images suggest for a new one."""
     if loaded:
         has = input_of(loaded)
         square = has.size[:1] if has.size[0] == has.size[1] else has.size

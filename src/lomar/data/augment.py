@@ -56,6 +56,40 @@ def random_resized_crop(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+def clamped_crop(
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    *,
+    generator: torch.Generator,
+) -> Box:
+    """A random box as MAE's linear probe draws it: one that sticks out of the image is clamped, not drawn again.
+
+    So large boxes are more frequent than with `random_resized_crop`, and may have any aspect ratio.
+
+    Args:
+        height: image height in pixels.
+        width: image width in pixels.
+        scale: smallest and largest share of the image's area, before it is clamped.
+        ratio: smallest and largest width / height, likewise; log-uniform.
+        generator: the only source of randomness.
+
+    Returns:
+        (top, left, height, width) in pixels, inside the image, at least 1 x 1.
+
+    Source: the released code of MAE.
+    """
+    area = height * width * torch.empty(1).uniform_(*scale, generator=generator).item()
+    low, high = (math.log(end) for end in ratio)
+    aspect = math.exp(torch.empty(1).uniform_(low, high, generator=generator).item())
+    box_width = min(width, max(1, round(math.sqrt(area * aspect))))
+    box_height = min(height, max(1, round(math.sqrt(area / aspect))))
+    top = torch.randint(0, height - box_height + 1, (1,), generator=generator).item()
+    left = torch.randint(0, width - box_width + 1, (1,), generator=generator).item()
+    return int(top), int(left), box_height, box_width
+
+
 def centre_crop(height: int, width: int, shape: tuple[int, int] = (1, 1), share: float = CENTRE_SHARE) -> Box:
     """The central box of a shape: the largest that fits, shrunk to a share of its sides.
 

@@ -85,6 +85,8 @@ def labelled_data(path: str, seed: int, val: str | None = None, flag: str = "--d
     if val is not None:
         train, judge = train, _whole(val, "--val")
     kinds = sorted(set(train.names))
+    if not kinds and _is_table(path):
+        raise UserError(f"{flag} {path}: split leaves no image to train on")
     if not kinds:
         raise UserError(
             f"{flag} {path}: the images have no labels; put those of each class in a folder of its own, or give a .csv "

@@ -1,11 +1,21 @@
 """Any encoder by name: ours, released ones, and those of timm, with what their input is."""
 
-from dataclasses import dataclass
+import json
+import logging
+import socket
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import timm
 import torch
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from lomar.errors import UserError
@@ -13,9 +23,12 @@ from lomar.interop.weights import describe, first_line, load
 from lomar.model.encoder import Encoder, size_of
 
 SCRATCH = "scratch:"
-_HUB_SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
+LOCAL_DIR = "local-dir:"
+_HUB_SCHEMES = ("hf-hub:", "hf_hub:")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCRATCH_IMAGE, SCRATCH_PATCH = 224, 16
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as repositories of timm's models call them
+_PATIENCE_S = 5.0  # for the hub to answer; left alone, its client asks for a minute before it gives up
 
 
 @dataclass(frozen=True)
@@ -68,11 +81,13 @@ def open_model(name: str, image_size: tuple[int, ...] | None = None, flag: str =
     Raises:
         UserError: there is no such thing, its weights cannot be had, or it does not take the size.
     """
+    size = size_given(image_size) if image_size is not None else None
     model = _model(name, flag)
     found = input_of(model)
-    if image_size is not None:
-        found = Input(found.channels, found.scale, found.mean, found.std, size_given(image_size))
-        _set_size(model, found.size)
+    if size is not None and size != found.size:
+        check_size(model, size)
+        model = _resized(model, name, flag, size)
+        found = replace(found, size=size)
     return Opened(model.eval(), found)
 
 
@@ -114,20 +129,6 @@ def check_size(model: nn.Module, size: tuple[int, int], flag: str = "--image-siz
         raise UserError(f"{flag} {given} is not a multiple of the model's patches of {patch[0]} px; {better} would be")
 
 
-def _model(name: str, flag: str) -> nn.Module:
-    if name.startswith(SCRATCH):
-        return scratch(name.removeprefix(SCRATCH), flag)
-    path = Path(name)
-    if path.exists():
-        exported = path.is_dir() and (path / "config.json").exists()
-        return _from_timm(f"local-dir:{path}", flag) if exported else load(path)
-    if name.startswith(_HUB_SCHEMES) or timm.is_model(name.split(".")[0]):
-        return _from_timm(name, flag)
-    near = timm.list_models(f"*{name}*")[:3] if name.isidentifier() else []
-    hint = f"; timm has {', '.join(near)}" if near else ""
-    raise UserError(f"{flag} {name}: there is no such run or file, and timm knows no such model{hint}")
-
-
 def scratch(
     name: str, flag: str, image_size: int = SCRATCH_IMAGE, patch_size: int = SCRATCH_PATCH, channels: int = 3
 ) -> nn.Module:
@@ -137,7 +138,7 @@ def scratch(
         UserError: it is neither.
     """
     if timm.is_model(name.split(".")[0]):
-        return timm.create_model(name, pretrained=False, num_classes=0)
+        return _from_timm(SCRATCH + name, flag)
     try:
         width, depth, heads = size_of(name)
     except ValueError as error:
@@ -147,32 +148,183 @@ def scratch(
     return describe(encoder, mean, std, 255.0)
 
 
-def _from_timm(name: str, flag: str) -> nn.Module:
-    """Raises UserError where timm has no weights of that name, or cannot fetch them."""
-    import lomar.model  # noqa: F401  # so that timm knows what `lomar export` wrote
+def _model(name: str, flag: str, size: tuple[int, int] | None = None) -> nn.Module:
+    """The model, of timm's ones made for a size if one is given."""
+    if name.startswith(SCRATCH):
+        bare = name.removeprefix(SCRATCH)
+        return _from_timm(name, flag, size) if timm.is_model(bare.split(".")[0]) else scratch(bare, flag)
+    path = Path(name)
+    if name.startswith((LOCAL_DIR, *_HUB_SCHEMES)) or (path.is_dir() and (path / "config.json").exists()):
+        return _from_timm(name, flag, size)
+    if path.exists():
+        try:
+            return load(path)
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from error
+    if timm.is_model(name.split(".")[0]):
+        return _from_timm(name, flag, size)
+    near = (timm.list_models(f"{name}*") or timm.list_models(f"*{name}*"))[:3] if name.isidentifier() else []
+    hint = f"; timm has {', '.join(near)}" if near else ""
+    raise UserError(f"{flag} {name}: there is no such run or file, and timm knows no such model{hint}")
 
-    if not name.startswith(_HUB_SCHEMES):
-        config = timm.get_pretrained_cfg(name)
-        if config is None or not config.has_weights:
-            raise UserError(
-                f"{flag} {name}: timm has no pretrained weights of that name; scratch:{name} has random ones"
+
+def _from_timm(name: str, flag: str, size: tuple[int, int] | None = None) -> nn.Module:
+    """What timm makes of a name, local-dir:FOLDER (or the bare folder), hf-hub:REPO, or scratch:NAME.
+
+    Raises:
+        UserError: timm has no weights of that name, or they cannot be fetched or read.
+    """
+    pretrained = not name.startswith(SCRATCH)
+    source, overlay, folder = name.removeprefix(SCRATCH), None, None
+    if name.startswith(_HUB_SCHEMES):
+        folder = _hub_folder(name, flag)
+        source = f"{LOCAL_DIR}{folder}" if folder else name
+    elif name.startswith(LOCAL_DIR) or Path(name).is_dir():
+        folder = Path(name.removeprefix(LOCAL_DIR))
+        source = f"{LOCAL_DIR}{folder}"
+        if not (folder / "config.json").exists():
+            raise UserError(f"{flag} {name}: there is no config.json in that folder; `lomar export` or timm writes one")
+    elif pretrained:
+        overlay = _cached_weights(name, flag)
+    made_for: dict[str, Any] = {} if size is None else {"img_size": size}
+    try:
+        with _quiet():
+            model = timm.create_model(
+                source, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **made_for
             )
-    try:
-        return timm.create_model(name, pretrained=True, num_classes=0)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{flag} {name}: its weights cannot be had ({type(error).__name__}: {first_line(error)}); "
-            "without a network, give a folder with local-dir:FOLDER"
-        ) from error
+    # A config.json of another library, a gated repository, a broken download, a damaged file: each of the libraries
+    # below has its own exceptions, so that no list of types would be complete.
+    except Exception as error:
+        raise UserError(f"{flag} {name} cannot be loaded ({_in_short(error)})") from error
+    _take_scale(model, folder or _hub_folder_of_cache(name))
+    return model
 
 
-def _set_size(model: nn.Module, size: tuple[int, int]) -> None:
-    check_size(model, size)
-    if size == input_of(model).size or not hasattr(model, "set_input_size"):
+def _take_scale(model: nn.Module, folder: Path | None) -> None:
+    """Put into the model's configuration what pixels are divided by, which `lomar export` writes and timm has not."""
+    if folder is None:
         return
+    told = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("lomar", {})
+    if "scale" in told:
+        config: Any = model.pretrained_cfg
+        config["scale"] = told["scale"]
+
+
+def _hub_folder(name: str, flag: str) -> Path | None:
+    """The folder of a repository in the hub's cache where the hub cannot be asked; None where it can.
+
+    Raises:
+        UserError: it can neither be asked nor is it cached.
+    """
+    if _hub_answers():
+        return None
+    folder = _hub_folder_of_cache(name)
+    if folder is None or not any((folder / file).exists() for file in _WEIGHTS):
+        raise _not_to_be_had(name, flag)
+    return folder
+
+
+def _hub_folder_of_cache(name: str) -> Path | None:
+    """Where the hub's cache keeps a repository that has a config.json; None if it does not, or no such one is meant."""
+    if not name.startswith(_HUB_SCHEMES):
+        return None
+    repository, _, revision = name.split(":", 1)[1].partition("@")
     try:
-        model.set_input_size(size)  # type: ignore[operator]
-    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+        folder = Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):  # the latter of a name that can be no repository's
+        return None
+    return folder if (folder / "config.json").exists() else None
+
+
+def _cached_weights(name: str, flag: str) -> dict[str, Any] | None:
+    """What sends timm to the hub's cache where the hub cannot be asked; None where it can.
+
+    Raises:
+        UserError: timm has no weights of that name; or they can neither be fetched nor are they cached.
+    """
+    bare = name.split(".")[0]
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # there is no such variant of the model's weights
+        config = None
+    if config is None or not config.has_weights:
+        others = [each for each in timm.list_pretrained(f"{bare}.*") if each != name][:3]
+        hint = f"it has {', '.join(others)}, and " if others else ""
         raise UserError(
-            f"--image-size {size[0]} {size[1]}: the model cannot be made for it ({first_line(error)})"
-        ) from error
+            f"{flag} {name}: timm has no pretrained weights of that name; {hint}{SCRATCH}{bare} has random ones"
+        )
+    if not config.hf_hub_id or _hub_answers():
+        return None
+    repository, _, revision = config.hf_hub_id.partition("@")
+    names = (config.hf_hub_filename,) if config.hf_hub_filename else _WEIGHTS
+    for file in names:
+        cached = try_to_load_from_cache(repository, file, revision=revision or None)
+        if isinstance(cached, str):
+            return {"file": cached}
+    raise _not_to_be_had(name, flag)
+
+
+def _not_to_be_had(name: str, flag: str) -> UserError:
+    host = urlsplit(constants.ENDPOINT).hostname
+    return UserError(
+        f"{flag} {name}: its weights are not in the cache, and {host} cannot be reached to fetch them; "
+        f"without a network give a folder with {LOCAL_DIR}FOLDER"
+    )
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached, or might be through a proxy."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if set(urllib.request.getproxies()) & {"http", "https", "all"}:
+        return True
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        port = hub.port or (80 if hub.scheme == "http" else 443)
+        socket.create_connection((hub.hostname or "", port), timeout=_PATIENCE_S).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of the libraries that make and fetch models; what matters of them is raised."""
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+    before = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
+
+
+def _resized(model: nn.Module, name: str, flag: str, size: tuple[int, int]) -> nn.Module:
+    """The model for images of a size: told of it where it can be, else made anew where it must be; and tried.
+
+    Raises:
+        UserError: it does not take them.
+    """
+    config: Any = model.pretrained_cfg or {}
+    try:
+        if hasattr(model, "set_input_size"):
+            with _quiet():
+                model.set_input_size(size)  # type: ignore[operator]
+        elif config.get("fixed_input_size"):
+            model = _model(name, flag, size)
+        contract: Any = model.eval()
+        with torch.inference_mode():
+            blank = torch.zeros(1, input_of(model).channels, *size)
+            contract.forward_head(contract.forward_features(blank), pre_logits=True)
+    except Exception as error:  # every architecture refuses a size in its own way, if only in the middle of its work
+        given = " ".join(map(str, dict.fromkeys(size)))
+        raise UserError(f"--image-size {given}: the model does not take it ({_in_short(error)})") from error
+    return model
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")

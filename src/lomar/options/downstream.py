@@ -229,8 +229,10 @@ class EmbedOptions:
     image_size: tuple[int, ...] | None = option(IMAGE_SIZE, default=None, auto="the model's", low=1, metavar="PX")
     dtype: str = option("type of the numbers", default="float32", choices=("float32", "float16"), metavar="NAME")
     resume: bool = option("go on with what was begun in --out", default=False)
-    overwrite: bool = option("delete what is in --out and start anew", default=False)
-    batch_size: int = option("images at once", default=64, low=1, metavar="N")
+    overwrite: bool = option("replace what is in --out, or was begun there", default=False)
+    batch_size: int | None = option(
+        "images at once", default=None, auto="64, fewer where each has many patches", low=1, metavar="N"
+    )
     workers: int | None = option("processes that read images", default=None, auto=AUTO, low=0, metavar="W")
     device: str = option("where to compute", default="auto", choices=DEVICES, metavar="NAME")
     precision: str = option("precision of the matrix products", default="auto", choices=PRECISIONS, metavar="NAME")
@@ -248,9 +250,9 @@ class MapOptions:
         "images of the embedding whose neighbours to draw", default=None, auto="six, evenly spread", metavar="PATH"
     )
     neighbours: int = option("neighbours of each", default=8, low=1, metavar="N")
-    limit: int = option("most images to lay out, evenly spread", default=2000, low=2, metavar="N")
+    limit: int = option("most images to lay out, evenly spread", default=2000, low=3, high=6000, metavar="N")
     colour_by: str = option(
-        "frame thumbnails by the first folder of their path, or not",
+        "frame thumbnails by the first folder that their paths do not share, or not",
         default="folder",
         choices=("folder", "none"),
         metavar="NAME",

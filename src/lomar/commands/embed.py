@@ -1,0 +1,271 @@
+"""`lomar embed`: the features of every image in one file, in memory that does not grow with their number."""
+
+import hashlib
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lomar import __version__
+from lomar.commands.frozen import Batches, FrozenEncoder, open_frozen, watched
+from lomar.data.augment import centre_crop, centre_share
+from lomar.data.decode import read_image
+from lomar.data.loader import centre_crops
+from lomar.data.sources import ImageSource, open_source
+from lomar.data.survey import reason_for, spread
+from lomar.downstream.embedding import (
+    ENDINGS,
+    EmbeddingWriter,
+    Plan,
+    begun,
+    bytes_needed,
+    check_finished,
+    discard,
+)
+from lomar.downstream.features import Wanted, feature_reader, features_in_batches, layer_count, undisturbed
+from lomar.errors import BadImageError, UserError
+from lomar.interop.models import patch_size_of
+from lomar.options import EmbedOptions
+from lomar.training.loop import StopRequest
+
+_LOOKED_AT = 64  # images that are read before the work; if none of them can be, there is no sense in going on
+_NAMED_FILES = 3  # of those that cannot be used
+_BATCH_SIZE = 64
+# Patches an image may have at that batch size: attention may keep a number for each pair of them, in each head.
+_PATCHES = {"cpu": 256, "cuda": 1024}
+_PATCH_PX = 16  # taken for models without patches
+
+
+def command(given: Mapping[str, Any]) -> int:
+    """Run `lomar embed` with the options that were given; returns the exit status."""
+    for name in ("model", "data", "out"):
+        if name not in given:
+            raise UserError(f"--{name} is missing; see lomar embed --help")
+    options = EmbedOptions(**given)
+    out = Path(options.out)
+    _check_out(out, options)
+    source = open_source(options.data)
+    encoder = open_frozen(
+        options.model,
+        options.image_size,
+        seed=0,  # a scratch: model is the same one each time
+        device=options.device,
+        precision=options.precision,
+        workers=options.workers,
+    )
+    _check_readable(source, encoder)
+    batch_size = options.batch_size or _batch_size(encoder)
+    plan = _plan(options, encoder, source, batch_size)
+    if options.resume and out.exists() and begun(out) is None:
+        check_finished(out, plan)
+        sys.stdout.write(f"{out} is finished: {plan.count} images\n")
+        return 0
+    try:
+        _check_space(out, plan)
+        with closing((EmbeddingWriter.resume if options.resume else EmbeddingWriter.begin)(out, plan)) as writer:
+            return _embed(writer, options, encoder, source, batch_size)
+    except OSError as error:
+        goes_on = "; --resume goes on when it can" if begun(out) is not None else ""
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}{goes_on}") from error
+
+
+def _check_out(out: Path, options: EmbedOptions) -> None:
+    """Refuse a file that cannot be written, or that nobody asked to replace.
+
+    Raises:
+        UserError: saying which option is right.
+    """
+    if out.suffix.lower() not in ENDINGS:
+        raise UserError(f"--out is {options.out}; it must end in .safetensors or .npz")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder")
+    if options.resume and options.overwrite:
+        raise UserError("--resume and --overwrite are both given; give one")
+    if options.resume or options.overwrite:
+        return
+    rows = begun(out)
+    if rows is not None:
+        raise UserError(f"--out {out} was begun and has {rows} rows; --resume goes on, --overwrite starts anew")
+    if out.exists():
+        raise UserError(f"--out {out} exists; --overwrite replaces it")
+
+
+def _check_readable(source: ImageSource, encoder: FrozenEncoder) -> None:
+    """Refuse images of which none can be read, before hours are spent on finding that out.
+
+    Raises:
+        UserError: naming one and the reason.
+    """
+    reason = ""
+    looked_at = spread(len(source), _LOOKED_AT)
+    for index in looked_at:
+        reason = _unreadable(source, index, encoder)
+        if not reason:
+            return
+    raise UserError(f"--data: none of {len(looked_at)} files can be read, for example {source.name(index)}: {reason}")
+
+
+def _unreadable(source: ImageSource, index: int, encoder: FrozenEncoder) -> str:
+    """Why an image cannot be read; empty if it can."""
+    size = encoder.input.size
+    try:
+        image = read_image(source.read(index), source.name(index))
+        image.crop(centre_crop(image.height, image.width, size, centre_share(size)), size, encoder.fmt)
+    except (BadImageError, OSError) as error:
+        return reason_for(error)
+    return ""
+
+
+def _batch_size(encoder: FrozenEncoder) -> int:
+    """So many images that attention between their patches takes no more memory than at 256 (CPU) or 1024 (GPU)."""
+    patch = [side if side > 1 else _PATCH_PX for side in patch_size_of(encoder.model)]
+    patches = math.prod(size / side for size, side in zip(encoder.input.size, patch, strict=True))
+    return max(1, min(_BATCH_SIZE, int(_BATCH_SIZE * (_PATCHES[encoder.hardware.device] / patches) ** 2)))
+
+
+def _plan(options: EmbedOptions, encoder: FrozenEncoder, source: ImageSource, batch_size: int) -> Plan:
+    """What the file is to be.
+
+    Raises:
+        UserError: the model does not give such features.
+    """
+    count = layer_count(encoder.model)
+    if options.layer is not None and options.layer > count:
+        raise UserError(f"--layer {options.layer}: the model has layers 1 to {count}")
+    wanted = Wanted(options.features, options.layer)
+    taken = encoder.input
+    about = {
+        "version": __version__,
+        "model": options.model,
+        "weights": _digest(encoder.model),
+        "features": options.features,
+        "layer": options.layer or count,
+        "image_size": taken.size,
+        "crop": centre_share(taken.size),
+        "channels": taken.channels,
+        "scale": taken.scale,
+        "mean": taken.mean,
+        "std": taken.std,
+        "root": _root(options.data),
+        "images": source.fingerprint(),
+        "batch_size": batch_size,
+        "device": encoder.hardware.device,
+        "precision": encoder.precision,
+    }
+    return Plan(about, len(source), _row_shape(encoder, wanted), options.dtype, source.relative_path)
+
+
+def _row_shape(encoder: FrozenEncoder, wanted: Wanted) -> tuple[int, ...]:
+    """(D,), or (H, W, D) of patches; (patches, D) where they are no grid.
+
+    Raises:
+        UserError: the model does not give such features.
+    """
+    model = encoder.model
+    blank = torch.zeros(1, encoder.input.channels, *encoder.input.size, device=encoder.device)
+    try:
+        with undisturbed(model, encoder.device), torch.inference_mode(), encoder.autocast():
+            (found,) = feature_reader(model, [wanted])(blank)
+    except ValueError as error:
+        raise UserError(f"--features: {error}") from error
+    shape = tuple(found.shape[1:])
+    if wanted.features != "patches":
+        return shape
+    infos: Sequence[Mapping[str, Any]] = model.feature_info  # type: ignore[assignment]  # every model of timm has it
+    reduction = infos[(wanted.layer or len(infos)) - 1]["reduction"]
+    sides = reduction if isinstance(reduction, Sequence) else (reduction, reduction)
+    grid = tuple(math.ceil(size / side) for size, side in zip(encoder.input.size, sides, strict=True))
+    return (*grid, shape[1]) if math.prod(grid) == shape[0] else shape
+
+
+def _digest(model: nn.Module) -> str:
+    """Changes with any weight."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _root(data: str) -> str:
+    """The folder that the paths of `open_source(data)` are relative to."""
+    if data == "sample":
+        return ""  # its paths are absolute
+    path = Path(data).absolute()
+    return str(path if path.is_dir() else path.parent)
+
+
+def _check_space(out: Path, plan: Plan) -> None:
+    """Refuse what the disk has no room for.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    folder = next(each for each in out.absolute().parents if each.exists())
+    needed, free = bytes_needed(out, plan), shutil.disk_usage(folder).free
+    if needed > free:
+        hints = ["--dtype float16 halves it"] if plan.dtype == "float32" else []
+        hints += ["a .safetensors needs half of it"] if out.suffix.lower() == ".npz" else []
+        advice = f"; {' and '.join(hints)}" if hints else ""
+        raise UserError(f"--out {out} needs {needed / 1e9:.3g} GB, but {folder} has {free / 1e9:.3g} GB free{advice}")
+
+
+def _embed(
+    writer: EmbeddingWriter, options: EmbedOptions, encoder: FrozenEncoder, source: ImageSource, batch_size: int
+) -> int:
+    """All rows that are missing, and the file; returns the exit status."""
+    out, plan, first = writer.out, writer.plan, writer.rows
+    shape, device = " x ".join(map(str, plan.row)), encoder.hardware.name
+    goes_on = f", from {first} on" if first else ""
+    sys.stdout.write(
+        f"{plan.count} images{goes_on}: {options.features} of layer {plan.about['layer']}, {shape} {plan.dtype} each, "
+        f"{plan.features_bytes / 1e6:.4g} MB in all; {batch_size} at once in {encoder.precision} on {device}\n"
+    )
+    began = time.monotonic()
+    with StopRequest() as stop, encoder.autocast():
+        batches = _features(options, encoder, source, batch_size, first)
+        with closing(watched(batches, "embedding", plan.count - first)) as found:
+            for (features,), good in found:
+                writer.write(features.numpy().reshape(len(good), *plan.row), good.numpy())
+                if stop.signal_number and writer.rows < plan.count:
+                    writer.keep()
+                    sys.stdout.write(f"stopped after {writer.rows} of {plan.count} images; go on with --resume\n")
+                    return 128 + stop.signal_number
+        bad = (~writer.good()).nonzero()[0].tolist()
+        if len(bad) == plan.count:
+            discard(out)
+            raise UserError(f"--data: none of {plan.count} images can be used: {_why(source, bad, encoder)}")
+        writer.finish()
+    rate = (plan.count - first) / max(1e-9, time.monotonic() - began)
+    sys.stdout.write(f"{out}: {plan.count} rows, {rate:.0f} images/s\n")
+    if bad:
+        sys.stdout.write(
+            f"{len(bad)} of {plan.count} images cannot be used; their rows are zeros and not good: "
+            f"{_why(source, bad, encoder)}\n"
+        )
+    return 0
+
+
+def _features(
+    options: EmbedOptions, encoder: FrozenEncoder, source: ImageSource, batch_size: int, first: int
+) -> Batches:
+    size = encoder.input.size
+    crops = centre_crops(source, encoder.fmt, size, encoder.workers, batch_size, centre_share(size), first)
+    wanted = [Wanted(options.features, options.layer)]
+    return features_in_batches(encoder.model, wanted, crops, encoder.input.normalise, encoder.device)
+
+
+def _why(source: ImageSource, bad: Sequence[int], encoder: FrozenEncoder) -> str:
+    """The first few images that cannot be used, each with the reason."""
+    named = [
+        f"{source.name(index)} ({_unreadable(source, index, encoder) or 'its features are not finite'})"
+        for index in bad[:_NAMED_FILES]
+    ]
+    return ", ".join(named) + (" and more" if len(bad) > _NAMED_FILES else "")

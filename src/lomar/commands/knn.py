@@ -1,0 +1,150 @@
+"""`lomar knn`: how well the nearest neighbours of frozen features tell classes, for any encoder, layer and k."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lomar import __version__
+from lomar.commands.frozen import (
+    FrozenEncoder,
+    check_features,
+    open_frozen,
+    report_unusable,
+    require_some,
+    unusable,
+    watched,
+)
+from lomar.data.labels import Labelled, LabelledData, labelled_data
+from lomar.downstream.features import Wanted, layer_count
+from lomar.downstream.neighbours import FEW, neighbour_accuracy
+from lomar.errors import UserError
+from lomar.files import write_atomically
+from lomar.options import KnnOptions
+
+FEW_FROM = 2 * FEW  # classes from which top-5 says something
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Features of the images that can be used: one (N, D) for each layer; their labels (N,); names of the others."""
+
+    features: list[Tensor]
+    labels: Tensor
+    unusable: list[str]
+
+
+def command(given: Mapping[str, Any]) -> int:
+    """Run `lomar knn` with the options that were given; returns the exit status."""
+    for name in ("model", "data"):
+        if name not in given:
+            raise UserError(f"--{name} is missing; see lomar knn --help")
+    options = KnnOptions(**given)
+    out = Path(options.out) if options.out else None
+    if out and out.exists():
+        raise UserError(f"--out {out} already exists; give another file, or remove it")
+    data = labelled_data(options.data, options.seed)
+    encoder = open_frozen(
+        options.model,
+        options.image_size,
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+        workers=options.workers,
+    )
+    layers = tuple(dict.fromkeys(options.layers or (layer_count(encoder.model),)))
+    check_features(encoder.model, [options.features], layers)
+    wanted = [Wanted(options.features, layer) for layer in layers]
+    encoder.widths(wanted)  # refuses what the model cannot give, before the work
+    began = time.monotonic()
+    # First those that are asked about: usually they are fewer, so that what is wrong with the images shows early.
+    val = _part(encoder, data.val, wanted, options, "val")
+    train = _part(encoder, data.train, wanted, options, "train")
+    images_per_s = (len(data.train) + len(data.val)) / (time.monotonic() - began)
+    ks = sorted(set(options.k))
+    if ks[-1] > len(train.labels):
+        raise UserError(f"--k {ks[-1]}: there are {len(train.labels)} train images to be neighbours")
+    found = [
+        {"layer": layer, "k": k, "top1": round(first, 6), "top5": round(few, 6)}
+        for layer, bank, queries in zip(layers, train.features, val.features, strict=True)
+        for k, (first, few) in neighbour_accuracy(
+            bank, train.labels, queries, val.labels, ks, options.temperature
+        ).items()
+    ]
+    sys.stdout.write(_table(encoder, data, train, val, options, found, images_per_s))
+    if out:
+        about = {
+            "lomar": __version__,
+            "options": asdict(options),
+            "model": type(encoder.model).__name__,
+            "image_size": encoder.input.size,
+            "precision": encoder.precision,
+            "device": encoder.hardware.name,
+            "classes": data.classes,
+            "val_drawn_from_train": data.drawn,
+            "train": {"images": len(train.labels), "unusable": train.unusable},
+            "val": {"images": len(val.labels), "unusable": val.unusable},
+            "images_per_s": round(images_per_s, 2),
+            "results": found,
+        }
+        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+        try:
+            write_atomically(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    return 0
+
+
+def _part(encoder: FrozenEncoder, part: Labelled, wanted: Sequence[Wanted], options: KnnOptions, what: str) -> _Part:
+    """Features of a part's images.
+
+    Raises:
+        UserError: none of them can be used.
+    """
+    features: list[list[Tensor]] = []
+    goods: list[Tensor] = []
+    batches = encoder.features(part.source, wanted, options.batch_size)
+    with encoder.autocast(), closing(watched(batches, f"{what} images", len(part))) as seen:
+        for found, usable in seen:
+            features.append(found)
+            goods.append(usable)
+    good = torch.cat(goods)
+    require_some(good, part.source, f"--data {options.data}", f"of {what}")
+    names = unusable(part.source, good)
+    report_unusable(names, len(part), what, lambda text: sys.stderr.write(f"lomar: {text}\n"))
+    return _Part(
+        [torch.cat(kind)[good] for kind in zip(*features, strict=True)], torch.from_numpy(part.labels)[good], names
+    )
+
+
+def _table(
+    encoder: FrozenEncoder,
+    data: LabelledData,
+    train: _Part,
+    val: _Part,
+    options: KnnOptions,
+    found: Sequence[Mapping[str, Any]],
+    images_per_s: float,
+) -> str:
+    """What was asked of whom, then a line for each layer and k, in per cent."""
+    height, width = encoder.input.size
+    few = len(data.classes) >= FEW_FROM
+    drawn = f" (a fifth of the images, drawn with --seed {options.seed})" if data.drawn else ""
+    lines = [
+        f"{options.model}: {options.features} features of {height} x {width} px images, {encoder.precision} on "
+        f"{encoder.hardware.name}, {images_per_s:.0f} images a second",
+        f"{len(val.labels)} val images{drawn} asked about, {len(train.labels)} train images vote, "
+        f"{len(data.classes)} classes",
+        "layer     k  top-1 %" + ("  top-5 %" if few else ""),
+    ]
+    for row in found:
+        line = f"{row['layer']:5}{row['k']:6}{100 * row['top1']:9.2f}"
+        lines.append(line + (f"{100 * row['top5']:9.2f}" if few else ""))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,246 @@
+"""`lomar probe`: what a linear classifier can tell from frozen features, for any encoder."""
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from lomar.commands.automatic import find_hardware
+from lomar.commands.frozen import report_unusable
+from lomar.commands.probe_cache import Cached, StoppedError, cached_features, number_type
+from lomar.commands.probe_learning import Learner, MaeProbe, SweepProbe
+from lomar.commands.probe_results import HEAD_FILE, RESULT_FILE, finish_mae, finish_sweep
+from lomar.commands.probe_settling import SettledProbe, asked_for_probe, settle, settle_again
+from lomar.commands.runs import CONFIG_FILE, begin, make_fabric
+from lomar.data.labels import Labelled
+from lomar.downstream.probe import Columns, head_inputs, parts_of
+from lomar.errors import TrainingError, UserError
+from lomar.training.checkpoint import load_checkpoint, save_checkpoint
+from lomar.training.loop import CHECKPOINT, StopRequest
+from lomar.training.optim import Schedule
+from lomar.training.records import LOG_FILE, Display, Metrics, Row, close_log
+
+METRICS_FILE = "metrics.jsonl"
+CACHES = {part: f"features-{part}.npy" for part in ("fit", "held", "val")}
+# Everything a probe may hold; --overwrite deletes these and nothing else.
+PROBE_FILES = (CONFIG_FILE, METRICS_FILE, str(CHECKPOINT.parent), *CACHES.values(), HEAD_FILE, RESULT_FILE, LOG_FILE)
+EVALUATIONS = 10  # of a probe, evenly spread
+CHECKPOINT_MINUTES = 10.0
+ROWS_AT_ONCE = 50  # of the metrics, written together
+
+
+def command(given: Mapping[str, Any]) -> int:
+    """Run `lomar probe` with the options that were given; returns the exit status."""
+    asked = asked_for_probe(given)
+    folder = Path(asked["out"])
+    resume = bool(asked.get("resume"))
+    finished = (folder / RESULT_FILE).exists()
+    settled = (settle_again if resume else settle)(asked, folder)
+    fabric = make_fabric(settled.encoder.hardware.device, "fp32")
+    begin(fabric, folder, settled.options, PROBE_FILES, resume, lambda: None)
+    try:
+        with Display(settled.options.log_every) as display, StopRequest() as stop:
+            if resume and finished:
+                _clear(folder)
+                display.say(f"the probe in {folder} is finished; its numbers are in {folder / RESULT_FILE}")
+                return 0
+            for note in settled.notes:
+                display.say(note)
+            probe = _Probe(settled, folder, display, stop)
+            if not probe.run():
+                display.say(f"stopped {probe.where}; go on with: lomar probe --out {folder} --resume")
+                return 128 + stop.signal_number
+    finally:
+        close_log()
+    return 0
+
+
+class _Probe:
+    """One probe, from its features to its numbers."""
+
+    def __init__(self, settled: SettledProbe, folder: Path, display: Display, stop: StopRequest) -> None:
+        self.settled, self.options, self.folder = settled, settled.options, folder
+        self.display, self.stop = display, stop
+        self.metrics = Metrics(folder / METRICS_FILE)
+        layers = self.options.layers
+        assert layers is not None  # settled
+        self.inputs = head_inputs(self.options.features, layers)
+        self.step, self.elapsed_s = 0, 0.0
+        self.where = "before the first step"
+        self.bad: set[str] = set()
+        self._fingerprint = settled.fingerprint()
+        self._state: dict[str, Any] = {}  # of the checkpoint
+
+    def run(self) -> bool:
+        """All of it, or until a signal asks to stop; True when finished.
+
+        Raises:
+            UserError: the probe cannot go on from what is in its folder, or there is too little memory.
+            TrainingError: the loss is not finite.
+        """
+        self._begin_or_restore()
+        parts = parts_of(self.inputs)
+        columns = Columns(parts, self.settled.encoder.widths(parts))
+        try:
+            caches = self._caches(columns)
+        except StoppedError:
+            self.where = "while features were made"
+            return False
+        learner = self._learner(caches, columns)
+        with closing(learner):
+            if not self._learn(learner):
+                self.where = f"after step {self.step}"
+                return False
+            about = {"steps": self.step, "training_s": round(self.elapsed_s, 1)}
+            if isinstance(learner, SweepProbe):
+                told = finish_sweep(learner, caches, self.settled, self.folder, about)
+            else:
+                told = finish_mae(learner, caches, self.settled, self.folder, about, sorted(self.bad))
+            self.display.say(told)
+        _clear(self.folder)
+        return True
+
+    def _begin_or_restore(self) -> None:
+        path = self.folder / CHECKPOINT
+        if path.exists():
+            state = load_checkpoint(path)
+            if state.get("fingerprint") != self._fingerprint:
+                raise UserError(
+                    f"the encoder's weights or the images are not those that {self.folder} began with; bring them "
+                    "back, or start anew with --overwrite"
+                )
+            self._state, self.step, self.elapsed_s = state, state["step"], state["elapsed_s"]
+            Metrics.cut(self.metrics.path, after_step=self.step)
+        else:
+            for name in (*CACHES.values(), METRICS_FILE):  # of a probe that was killed before its first checkpoint
+                (self.folder / name).unlink(missing_ok=True)
+            save_checkpoint(path, {"fingerprint": self._fingerprint, "step": 0, "elapsed_s": 0.0})
+
+    def _caches(self, columns: Columns) -> dict[str, Cached]:
+        """The features that are made once: of the sweep, all; of MAE's probe, those of the images that judge."""
+        settled, encoder = self.settled, self.settled.encoder
+        wanted: dict[str, Labelled] = {"val": settled.data.val}
+        if settled.held is not None:
+            wanted |= {"held": settled.held, "fit": settled.fit}
+        rows = sum(map(len, wanted.values()))
+        dtype = number_type(rows, columns.total, _free_bytes())
+        self.display.say(
+            f"features of {rows} images, {columns.total} numbers each, are kept as {dtype}: "
+            f"{rows * columns.total * dtype.itemsize / 1e6:.0f} MB in memory and, until the probe is done, "
+            f"in {self.folder}"
+        )
+        caches = {}
+        for name, labelled in wanted.items():
+            where, what = f"--data {self.options.data}", "val" if name == "val" else "train"
+            caches[name] = cached_features(
+                encoder,
+                labelled,
+                parts_of(self.inputs),
+                columns.total,
+                dtype,
+                self.folder / CACHES[name],
+                what,
+                where,
+                self.stop,
+            )
+            report_unusable(caches[name].unusable, len(labelled), what, self.display.say)
+        return caches
+
+    def _learner(self, caches: Mapping[str, Cached], columns: Columns) -> SweepProbe | MaeProbe:
+        options, settled = self.options, self.settled
+        classes = len(settled.data.classes)
+        learner: SweepProbe | MaeProbe
+        if options.protocol == "mae":
+            total, only = self._total(len(settled.fit)), self.inputs[0]
+            learner = MaeProbe(
+                options, settled.encoder, settled.fit, caches["val"], only, classes, self.step, total, self._note_bad
+            )
+        else:
+            device, rates = settled.encoder.device, len(options.base_lrs)
+            learner = SweepProbe(
+                options, caches["fit"], caches["held"], self.inputs, columns, classes, device, self.step
+            )
+            self.display.say(f"{len(self.inputs) * rates} heads: {len(self.inputs)} inputs at {rates} rates each")
+        if self.step:
+            try:
+                learner.restore(self._state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                learner.close()
+                raise UserError(f"{self.folder / CHECKPOINT} does not fit this probe") from error
+        return learner
+
+    def _total(self, count: int) -> int:
+        return max(1, round(self.options.epochs * count / self.options.batch_size))
+
+    def _learn(self, learner: Learner) -> bool:
+        """Train to the end, or until a signal asks to stop; True when finished."""
+        options = self.options
+        total = self._total(learner.count)
+        warmup = options.warmup_epochs * learner.count / options.batch_size
+        schedule = Schedule(peak_lr=learner.peak_lr, warmup_steps=warmup, total_steps=total)
+        every = max(1, total // EVALUATIONS)
+        rows: list[Row] = []
+        saved = time.monotonic()
+        self.display.start(total, self.step)
+        while self.step < total:
+            row = self._one_step(learner, schedule)
+            finished, stopping = self.step == total, self.stop.signal_number > 0
+            if finished or self.step % every == 0:
+                row |= learner.evaluate()
+            rows.append(row)
+            self.display.step(row, self.elapsed_s / self.step * (total - self.step))
+            due = finished or stopping or time.monotonic() - saved > 60 * CHECKPOINT_MINUTES
+            if due or len(rows) == ROWS_AT_ONCE:
+                self.metrics.write(rows)
+                rows = []
+            if due:
+                self._save(learner)
+                saved = time.monotonic()
+            if stopping and not finished:
+                return False
+        return True
+
+    def _one_step(self, learner: Learner, schedule: Schedule) -> Row:
+        began = time.monotonic()
+        lr = schedule.lr(self.step)
+        found = learner.learn(lr)
+        if not math.isfinite(found.loss):
+            raise TrainingError(f"the loss is not finite at step {self.step + 1}; smaller --base-lrs may help")
+        self.step += 1
+        took_s = time.monotonic() - began
+        self.elapsed_s += took_s
+        return {
+            "step": self.step,
+            "epoch": round(self.step * self.options.batch_size / learner.count, 6),
+            "loss": found.loss,
+            "lr": lr,
+            "grad_norm": found.grad_norm,
+            "images_per_s": round(self.options.batch_size / took_s, 2),
+            "data_wait": round(found.waited_s / took_s, 4),
+            "elapsed_s": round(self.elapsed_s, 3),
+        }
+
+    def _save(self, learner: Learner) -> None:
+        done = {"fingerprint": self._fingerprint, "step": self.step, "elapsed_s": self.elapsed_s}
+        save_checkpoint(self.folder / CHECKPOINT, done | learner.state())
+
+    def _note_bad(self, found: Sequence[tuple[str, str]]) -> None:
+        for name, reason in found:
+            if name not in self.bad:
+                self.bad.add(name)
+                self.display.say(f"skipped an unreadable image: {name}: {reason}")
+
+
+def _free_bytes() -> int:
+    """Memory of the processor, where features are kept."""
+    return find_hardware("cpu", 1).memory_bytes
+
+
+def _clear(folder: Path) -> None:
+    """Remove what only an unfinished probe needs."""
+    shutil.rmtree(folder / CHECKPOINT.parent, ignore_errors=True)
+    for name in CACHES.values():
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,271 @@
+"""Claims about exported folders. The judge is timm, which loads them as it loads any."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import _hub
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
+
+import lomar
+from lomar.errors import UserError
+from lomar.interop import hub
+from lomar.interop.hub import FILES, write_hub_folder
+from lomar.interop.weights import describe
+from lomar.model import Encoder
+
+SMALL: dict[str, Any] = {
+    "img_size": (28, 20),
+    "patch_size": 4,
+    "in_chans": 5,
+    "num_classes": 0,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 2,
+}
+BEIT: dict[str, Any] = {"img_size": 20, "key_bias": False, "init_values": 0.1}
+
+
+def encoder(scale: float = 65535.0, **changes: Any) -> Encoder:
+    """A small encoder whose every tensor matters."""
+    torch.manual_seed(0)
+    made = Encoder(**SMALL | changes).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += torch.randn_like(parameter) / 8
+    channels = made.architecture["in_chans"]
+    classes = [f"class {n}" for n in range(made.num_classes)]
+    return describe(made, (0.4,) * channels, (0.2,) * channels, scale, classes)
+
+
+def images_for(model: Encoder, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, model.architecture["in_chans"], *model.patch_embed.img_size)
+
+
+def opened(folder: Path, **arguments: Any) -> torch.nn.Module:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments).eval()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_classes": 7},
+        {"num_classes": 7, "global_pool": "token"},
+        {"key_bias": False, "init_values": 0.1, "mlp_ratio": 3.0},
+        {"in_chans": 3, "img_size": 20, "weight_init": "beit"},
+        {"in_chans": 1, "num_classes": 7},
+        {"position": "sincos", "key_bias": False},
+        {"position": "none", "key_bias": False, "num_classes": 7},
+        {"position": "shared-bias"},
+        {"position": "block-bias", "num_classes": 7, "bias_grid": (3, 2)},
+        {"position": "block-bias", "key_bias": False, "init_values": 0.1},
+    ],
+    ids=str,
+)
+def test_timm_computes_the_same_to_the_last_bit(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Of what no architecture of timm's holds; at its own size and another."""
+    ours = encoder(**changes)
+    written = write_hub_folder(tmp_path / "hub", ours, {})
+    theirs = opened(tmp_path / "hub")
+    assert written.needs_lomar and written.difference == 0 and type(theirs) is Encoder
+    other = torch.randn(1, ours.architecture["in_chans"], 12, 32)
+    with torch.inference_mode():
+        for images in (images_for(ours), other):
+            assert torch.equal(theirs(images), ours(images))
+            assert torch.equal(theirs.forward_features(images), ours.forward_features(images))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"position": "sincos"},
+        {"position": "sincos", "num_classes": 7, "init_values": 0.3},
+        {"position": "sincos", "num_classes": 7, "global_pool": "token", "in_chans": 3},
+        {"position": "none"},
+        {"position": "shared-bias", **BEIT},
+        {"position": "shared-bias", **BEIT, "bias_grid": (3, 3)},
+        {"position": "block-bias", **BEIT, "num_classes": 7},
+        {"position": "block-bias", **BEIT, "init_values": None, "num_classes": 7, "global_pool": "token"},
+    ],
+    ids=str,
+)
+def test_what_timm_can_hold_needs_no_lomar(changes: dict[str, Any], tmp_path: Path) -> None:
+    ours = encoder(**changes)
+    written = write_hub_folder(tmp_path / "hub", ours, {})
+    theirs = opened(tmp_path / "hub")
+    assert not written.needs_lomar and type(theirs) is (Beit if "bias" in changes["position"] else VisionTransformer)
+    images = images_for(ours)
+    with torch.inference_mode():
+        assert torch.allclose(theirs(images), ours(images), atol=1e-5)
+        assert torch.allclose(theirs.forward_features(images), ours.forward_features(images), atol=1e-5)
+
+
+def test_of_maes_vit_other_sizes_go_in(tmp_path: Path) -> None:
+    """Nearly with the same result: the tables of positions are resized otherwise."""
+    ours = encoder(position="sincos")
+    write_hub_folder(tmp_path / "hub", ours, {})
+    images = torch.randn(2, 5, 40, 20)
+    with torch.inference_mode():
+        assert torch.nn.functional.cosine_similarity(opened(tmp_path / "hub")(images), ours(images)).min() > 0.99
+
+
+def test_a_size_that_timm_names_is_called_so(tmp_path: Path) -> None:
+    shape = {"embed_dim": 192, "depth": 12, "num_heads": 3, "patch_size": 16, "img_size": 32, "in_chans": 3}
+    assert write_hub_folder(tmp_path, encoder(position="sincos", **shape), {}).architecture == "vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "sincos"}, {"position": "block-bias", **BEIT}], ids=str)
+def test_the_hub_serves_it(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = encoder(num_classes=7, **changes)
+    write_hub_folder(tmp_path, ours, {})
+    asked = []
+
+    def download(repo_id: str, filename: str, **others: Any) -> str:
+        asked.append((repo_id, filename))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(_hub, "hf_hub_download", download)
+    theirs = timm.create_model("hf-hub:someone/lomar", pretrained=True).eval()
+    assert set(asked) == {("someone/lomar", "config.json"), ("someone/lomar", "model.safetensors")}
+    images = images_for(ours)
+    with torch.inference_mode():
+        assert torch.allclose(theirs(images), ours(images), atol=1e-5)
+    assert theirs.pretrained_cfg["label_names"] == [f"class {n}" for n in range(7)]
+
+
+def test_the_weights_load_as_a_checkpoint(tmp_path: Path) -> None:
+    ours = encoder(num_classes=7)
+    write_hub_folder(tmp_path, ours, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    theirs = timm.create_model(
+        config["architecture"], checkpoint_path=tmp_path / "model.safetensors", num_classes=7, **config["model_args"]
+    ).eval()
+    images = images_for(ours)
+    with torch.inference_mode():
+        assert torch.equal(theirs(images), ours(images))
+
+
+def test_the_weights_load_in_lomar_as_well(tmp_path: Path) -> None:
+    ours = encoder(num_classes=7)
+    write_hub_folder(tmp_path, ours, {})
+    again = lomar.load(tmp_path / "model.safetensors")
+    images = images_for(ours)
+    with torch.inference_mode():
+        assert torch.equal(again(images), ours(images))
+    assert again.pretrained_cfg == ours.pretrained_cfg
+    write_hub_folder(tmp_path, encoder(position="sincos"), {})
+    with pytest.raises(UserError, match="holds weights of timm's vit_base_patch16_224, not the encoder"):
+        lomar.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("global_pool", ["avg", "token"])
+@pytest.mark.parametrize("position", ["contextual", "sincos"])
+def test_a_classifier_gives_its_features_where_none_of_its_classes_are_wanted(
+    position: str, global_pool: str, tmp_path: Path
+) -> None:
+    """`num_classes=0`, which transformers asks for too, keeps the norm that the classifier has."""
+    ours = encoder(num_classes=7, position=position, global_pool=global_pool)
+    write_hub_folder(tmp_path, ours, {})
+    theirs = opened(tmp_path, num_classes=0)
+    ours.reset_classifier(0)
+    images = images_for(ours)
+    with torch.inference_mode():
+        assert torch.equal(theirs(images), ours(images))
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_another_number_of_classes_has_a_new_head_on_the_same_tokens(classes: int, tmp_path: Path) -> None:
+    ours = encoder(num_classes=classes)
+    write_hub_folder(tmp_path, ours, {})
+    theirs = opened(tmp_path, num_classes=4)
+    images = images_for(ours)
+    with torch.inference_mode():
+        assert theirs(images).shape == (2, 4)
+        mine, others = (m.forward_intermediates(images, intermediates_only=True)[-1] for m in (ours, theirs))
+        assert torch.equal(mine, others)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 7}, {"position": "block-bias", **BEIT}], ids=str)
+def test_it_is_a_backbone_of_features(changes: dict[str, Any], tmp_path: Path) -> None:
+    ours = encoder(**changes)
+    write_hub_folder(tmp_path, ours, {})
+    backbone = opened(tmp_path, features_only=True, out_indices=(0, 2))
+    images = images_for(ours)
+    with torch.inference_mode():
+        maps = ours.forward_intermediates(images, indices=[0, 2], intermediates_only=True)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(backbone(images), maps, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 60, "in_chans": 3, "scale": 255.0}, {"position": "sincos"}])
+def test_the_code_of_the_card_runs(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = encoder(**changes)
+    write_hub_folder(tmp_path / "mine", ours, {"method": "lomar", "mask_ratio": 0.8})
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.zeros((40, 33, 3), dtype=np.uint8)).save("photo.jpg")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    names: dict[str, Any] = {}
+    for block in card.split("```python\n")[1:]:
+        exec(block.split("```")[0], names)
+    assert names["tokens"].shape == (1, 36, 24)
+    assert ("logits" in names) == bool(ours.num_classes) != ("features" in names)
+    assert card.startswith("---\nlibrary_name: timm\npipeline_tag: image-")
+    assert "| mask_ratio | 0.8 |" in card and ("pip install lomar" in card) == ("position" not in changes)
+
+
+def test_the_card_tells_what_a_user_must_know(tmp_path: Path) -> None:
+    write_hub_folder(tmp_path, encoder(num_classes=60), {})
+    card = (tmp_path / "README.md").read_text()
+    for text in (
+        "A plain ViT cannot hold its contextual relative position encoding (RPE)",
+        "```sh\npip install lomar\n```\n\n```python\nimport lomar.model\n```",
+        "- 5 channels, 28 x 20 px; other sizes, multiples of 4, go in as they are",
+        "(pixels / 65535 - mean) / deviation, with mean 0.4, 0.4, 0.4, 0.4, 0.4 and deviation",
+        "- timm's transforms know nothing of the 65535: divide before they normalise",
+        "\n49. class 49\n\nThe other 10 are under `label_names` in config.json.",
+    ):
+        assert text in card
+    assert "## Pretraining" not in card
+    write_hub_folder(tmp_path, encoder(position="block-bias", **BEIT), {})
+    card = (tmp_path / "README.md").read_text()
+    assert "timm alone loads it, as its `beit_base_patch16_224`" in card and "import lomar" not in card
+    assert "`img_size=` of `timm.create_model` resizes its tables for other sizes, multiples of 4" in card
+
+
+def test_timm_prepares_images_as_in_training(tmp_path: Path) -> None:
+    write_hub_folder(tmp_path, encoder(num_classes=7), {})
+    config = timm.data.resolve_model_data_config(opened(tmp_path))
+    assert config["mean"] == [0.4] * 5 and config["std"] == [0.2] * 5 and config["input_size"] == (5, 28, 20)
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert told["lomar"]["scale"] == 65535.0
+    assert "num_classes" not in told["model_args"]  # transformers would give it twice
+
+
+def test_what_timm_computes_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "hub"
+    monkeypatch.setattr(hub, "_difference", lambda folder, encoder: 0.5)
+    with pytest.raises(UserError, match=r"^timm .* computes otherwise from what was exported, by 5\.0e-01$"):
+        write_hub_folder(folder, encoder(), {})
+    assert not folder.exists()
+
+
+def test_for_a_timm_that_lacks_an_argument_it_is_lomars_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = timm.create_model
+
+    def older(name: str, **arguments: Any) -> torch.nn.Module:
+        config = (Path(name.removeprefix("local-dir:")) / "config.json").read_text()
+        if "dynamic_img_size" in config:
+            raise TypeError("unexpected keyword argument 'dynamic_img_size'")
+        return create(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", older)
+    assert write_hub_folder(tmp_path, encoder(position="sincos"), {}).architecture == "lomar_vit"
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(FILES)
