@@ -125,8 +125,10 @@ def _queries(embedding: Embedding, usable: NDArray[np.int64], asked: tuple[str, 
     numbers = {path: number for number, path in enumerate(embedding.paths)}
     queries = []
     for query in dict.fromkeys(asked):
-        # As in the file; or as the shell completes it, from here.
-        spelled = (query, os.path.relpath(query, root or "/"), os.path.abspath(query))  # noqa: PTH100 (links stay)
+        # As in the file; as the shell completes it, from here; or through another link.
+        absolute, real = os.path.abspath(query), os.path.realpath(query)  # noqa: PTH100 (links stay)
+        start = root or "/"
+        spelled = (query, absolute, os.path.relpath(absolute, start), os.path.relpath(real, os.path.realpath(start)))
         number = next((numbers[path] for path in spelled if path in numbers), None)
         if number is None:
             raise UserError(f"--queries {query}: no such image in the embedding{_close_to(query, embedding.paths)}")

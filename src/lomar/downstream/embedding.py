@@ -260,7 +260,7 @@ class EmbeddingWriter:
             good: (B,); the rows of others become zeros, and so do rows that are not finite in the plan's type.
         """
         with np.errstate(over="ignore"):
-            rows = features.astype(self.plan.dtype)
+            rows = features.astype(self.plan.dtype, order="C")
         good = good & np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
         rows[~good] = 0
         self._file.seek(self._layout.features_at + self.rows * rows[0].nbytes)

@@ -133,7 +133,8 @@ def _with_text(picture: Image.Image, legend: Sequence[tuple[str, Colour]], capti
     legend_lines = _in_lines(entries, width)
     caption_lines = textwrap.wrap(caption, _letters_in(width, caption, letters))
     below = picture.height + 2 * margin
-    height = below + (len(legend_lines) + len(caption_lines)) * line_px + margin
+    caption_at = below + len(legend_lines) * line_px + (line_px // 2 if legend else 0)
+    height = caption_at + len(caption_lines) * line_px + margin
     paper = Image.new("RGB", (width + 2 * margin, height), PAPER)
     paper.paste(picture, (margin + (width - picture.width) // 2, margin))
     draw = ImageDraw.Draw(paper)
@@ -143,14 +144,15 @@ def _with_text(picture: Image.Image, legend: Sequence[tuple[str, Colour]], capti
             draw.rectangle((left, middle - box / 2, left + box, middle + box / 2), fill=entry.colour)
             draw.text((left + 1.4 * box, middle), entry.name, INK, letters, anchor="lm")
             left += entry.width_px
-    for number, text in enumerate(caption_lines, start=len(legend_lines)):
-        draw.text((margin, below + number * line_px), text, INK, letters)
+    for number, text in enumerate(caption_lines):
+        draw.text((margin, caption_at + number * line_px), text, INK, letters)
     return paper
 
 
 def _letters_in(width_px: int, text: str, font: ImageFont.FreeTypeFont) -> int:
     """Letters of a line of a text, nearly: their mean width is taken, with some to spare."""
-    return max(20, int(0.95 * width_px / (font.getlength(text) / max(1, len(text)))))
+    mean_px = font.getlength(text) / len(text) if text else font.size
+    return max(20, int(0.95 * width_px / mean_px))
 
 
 def _in_lines(entries: Sequence[_Entry], width_px: int) -> list[list[_Entry]]:

@@ -124,8 +124,9 @@ def check_size(model: nn.Module, size: tuple[int, int], flag: str = "--image-siz
     """
     patch = patch_size_of(model)
     if any(side % unit for side, unit in zip(size, patch, strict=True)):
-        near = [max(unit, round(side / unit) * unit) for side, unit in zip(size, patch, strict=True)]
-        given, better = (" ".join(map(str, dict.fromkeys(v) if v[0] == v[1] else v)) for v in (list(size), near))
+        near = (max(unit, round(side / unit) * unit) for side, unit in zip(size, patch, strict=True))
+        numbers = 1 if size[0] == size[1] and patch[0] == patch[1] else 2
+        given, better = (" ".join(map(str, tuple(each)[:numbers])) for each in (size, near))
         raise UserError(f"{flag} {given} is not a multiple of the model's patches of {patch[0]} px; {better} would be")
 
 

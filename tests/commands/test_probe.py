@@ -1,0 +1,516 @@
+"""Claims about `lomar probe`."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from lomar import load
+from lomar.commands import probe_learning
+from lomar.commands.frozen import FrozenEncoder
+from lomar.commands.probe_cache import number_type
+from lomar.commands.probe_images import probe_batches
+from lomar.commands.probe_learning import MaeProbe, SweepProbe
+from lomar.commands.probe_settling import choose
+from lomar.data.augment import centre_share, clamped_crop
+from lomar.data.decode import PixelFormat
+from lomar.data.labels import labelled_data
+from lomar.data.loader import centre_crops
+from lomar.errors import UserError
+from lomar.interop.weights import read_file, save_file
+from lomar.model import Encoder
+from lomar.seeding import seeded
+
+QUICK = "--workers 0 --device cpu --precision fp32"
+MODEL = "--model scratch:16x2x2 --image-size 32"
+FAST = f"{QUICK} {MODEL} --base-lrs 0.1 1 10 --batch-size 4 --epochs 9"
+MAE = f"{QUICK} {MODEL} --protocol mae --batch-size 4 --epochs 5"
+
+
+@pytest.fixture(autouse=True)
+def small(miniature: None) -> None:
+    """One thread."""
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "probe.json").read_text())
+    return found
+
+
+def lasting(folder: Path) -> tuple[Any, ...]:
+    """What an interruption must not change: the numbers and the head, but not times and places."""
+    numbers = result(folder)
+    del numbers["training_s"], numbers["options"]["out"]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    course = [{k: v for k, v in row.items() if k not in ("images_per_s", "data_wait", "elapsed_s")} for row in rows]
+    head = {name: tensor.tolist() for name, tensor in load_file(folder / "probe.safetensors").items()}
+    return numbers, course, head
+
+
+@pytest.fixture
+def stopped_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, int, int], None]:
+    """Let a signal come in a step of the next probe."""
+
+    def arrange(kind: type, last: int, number: int) -> None:
+        learn = kind.learn  # type: ignore[attr-defined]
+        done = []
+
+        def watched(self: Any, lr: float) -> Any:
+            done.append(lr)
+            if len(done) == last:
+                monkeypatch.setattr(kind, "learn", learn)
+                os.kill(os.getpid(), number)
+            return learn(self, lr)
+
+        monkeypatch.setattr(kind, "learn", watched)
+
+    return arrange
+
+
+# The sweep
+
+
+def test_the_sweep_leaves_numbers_and_a_head_that_anyone_can_apply(
+    lomar, finished_run: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "probe"
+    words = f"{QUICK} --base-lrs 0.1 10 --batch-size 4 --epochs 9 --layers 1 3 --features cls+mean mean"
+    done = lomar("probe --model", finished_run, "--data", photos, "--out", out, words)
+    assert done.status == 0 and f"val: top-1 {result(out)['chosen']['val']['top1']:.2%}" in done.out
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "probe.json",
+        "probe.safetensors",
+        "train.log",
+    ]
+    found = result(out)
+    assert len(found["heads"]) == 6 * 2  # two kinds of two layers, and cls tokens joined with and without the mean
+    assert found["images"] == {
+        part: {"images": count, "unusable": []} for part, count in (("fit", 4), ("held_out", 2), ("val", 2))
+    }
+    # The head, on features read by hand.
+    with safe_open(out / "probe.safetensors", "pt") as file:
+        told = json.loads(file.metadata()["lomar"])
+        head = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    val = labelled_data(str(photos), seed=0).val
+    encoder = load(finished_run)
+    pixels, _ = next(centre_crops(val.source, PixelFormat(3, "uint8"), 32, 0, share=centre_share((32, 32))))
+    mean, std = (torch.tensor(encoder.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.inference_mode():
+        layers = encoder.forward_intermediates(
+            (pixels / 255 - mean) / std, norm=True, intermediates_only=True, return_prefix_tokens=True
+        )
+    kinds = {"mean": lambda each: each[0].mean(dim=(2, 3)), "cls": lambda each: each[1][:, 0]}
+    features = torch.cat([kinds[kind](layers[layer - 1]) for kind, layer in told["features"]], dim=1)
+    logits = (features - head["mean"]) / head["std"] @ head["weight"].T + head["bias"]
+    labels = torch.from_numpy(val.labels)
+    assert told["classes"] == ["blue", "red"]
+    assert F.cross_entropy(logits, labels).item() == pytest.approx(found["chosen"]["val"]["loss"], abs=2e-5)
+    assert (logits.argmax(dim=1) == labels).float().mean().item() == found["chosen"]["val"]["top1"]
+
+
+def test_the_head_is_chosen_by_what_was_held_out_and_never_by_val(
+    lomar, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = SweepProbe.scores
+
+    def told(self: SweepProbe, cached: Any) -> Any:
+        """Of what was held out the worst rate does best, by its loss; of val another one."""
+        found = scores(self, cached)
+        if cached is self.held:
+            loss = torch.ones_like(found.loss)
+            loss[1, 0] = 0.5
+            return found._replace(top1=torch.ones_like(found.top1), loss=loss)
+        return found._replace(top1=torch.zeros_like(found.top1).index_fill(1, torch.tensor(2), 1.0))
+
+    monkeypatch.setattr(SweepProbe, "scores", told)
+    assert lomar("probe", FAST, "--data", photos, "--out", tmp_path / "p").status == 0
+    chosen = result(tmp_path / "p")["chosen"]
+    assert (chosen["input"], chosen["base_lr"], chosen["val"]["top1"]) == ("cls+mean of layer 1", 0.1, 0.0)
+
+
+def test_what_was_held_out_is_neither_learnt_from_nor_part_of_the_statistics(
+    lomar, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    init = SweepProbe.__init__
+
+    def kept(self: SweepProbe, options: Any, fit: Any, held: Any, *rest: Any) -> None:
+        init(self, options, fit, held, *rest)
+        seen.update(fit=fit, held=held, standard=self.standard)
+
+    monkeypatch.setattr(SweepProbe, "__init__", kept)
+    assert lomar("probe", FAST, "--data", photos, "--out", tmp_path / "p").status == 0
+    assert (len(seen["fit"]), len(seen["held"])) == (4, 2)
+    torch.testing.assert_close(seen["standard"].mean, seen["fit"].rows.mean(dim=0))
+    assert not any((row == other).all() for row in seen["fit"].rows for other in seen["held"].rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not_been(
+    lomar, photos: Path, tmp_path: Path, stopped_at, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert lomar("probe", FAST, "--data", photos, "--out", whole).status == 0
+    stopped_at(SweepProbe, 4, number)
+    done = lomar("probe", FAST, "--data", photos, "--out", parts)
+    assert done.status == 128 + number
+    assert f"stopped after step 4; go on with: lomar probe --out {parts} --resume" in done.out
+
+    def unexpected(*arguments: Any) -> None:
+        raise AssertionError("the features are there already")
+
+    monkeypatch.setattr(FrozenEncoder, "features", unexpected)
+    assert lomar("probe --out", parts, "--resume").status == 0
+    assert lasting(parts) == lasting(whole)
+
+
+def test_a_signal_while_features_are_made_leaves_no_half_of_them(
+    lomar, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "p"
+    assert lomar("probe", FAST, "--data", photos, "--out", whole).status == 0
+    features = FrozenEncoder.features
+
+    def interrupted(self: FrozenEncoder, source: Any, wanted: Any, batch_size: int) -> Any:
+        if len(source) == 4:  # those to learn from come last
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield from features(self, source, wanted, batch_size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenEncoder, "features", interrupted)
+        done = lomar("probe", FAST, "--data", photos, "--out", out)
+    assert done.status == 143 and "stopped while features were made" in done.out
+    assert sorted(path.name for path in out.glob("*features*")) == ["features-held.npy", "features-val.npy"]
+    assert lomar("probe --out", out, "--resume").status == 0
+    assert lasting(out) == lasting(whole)
+    done = lomar("probe --out", out, "--resume")
+    assert done.status == 0 and f"the probe in {out} is finished" in done.out
+
+
+def test_unreadable_images_are_left_out_and_named(lomar, photos: Path, tmp_path: Path) -> None:
+    for image in photos.rglob("*.png"):
+        place = tmp_path / "data" / image.relative_to(photos)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(image)
+    for label in ("red", "blue"):
+        for number in range(3):
+            (tmp_path / "data" / label / f"bad{number}.jpg").write_bytes(b"no image")
+    done = lomar("probe", FAST, "--data", tmp_path / "data", "--out", tmp_path / "p")
+    assert done.status == 0
+    images = result(tmp_path / "p")["images"]
+    named = sorted(name for part in images.values() for name in part["unusable"])
+    assert named == sorted(str(path) for path in tmp_path.rglob("bad*"))
+    assert sum(part["images"] for part in images.values()) == 8
+
+
+@pytest.mark.parametrize("name", ["test_vit2", "test_resnet"])
+def test_models_of_timm_without_cls_token_are_swept(lomar, photos: Path, tmp_path: Path, name: str) -> None:
+    words = f"{QUICK} --model scratch:{name} --image-size 32 64 --base-lrs 1 --batch-size 4 --epochs 2"
+    assert lomar("probe", words, "--data", photos, "--out", tmp_path / "p").status == 0
+    found = result(tmp_path / "p")
+    assert found["image_size"] == [32, 64] and len(found["heads"]) == 4
+    assert all(head["input"].startswith("pooled") for head in found["heads"])
+
+
+def test_the_sweep_learns(lomar, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label in range(3):
+        (tmp_path / "data" / f"c{label}").mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(0, 200, (16, 16, 3), dtype=np.uint8)
+            pixels[:, :, label] += 30
+            np.save(tmp_path / "data" / f"c{label}" / f"{number}.npy", pixels)
+    words = f"{QUICK} --model scratch:32x2x2 --image-size 16 --epochs 30"
+    assert lomar("probe", words, "--data", tmp_path / "data", "--out", tmp_path / "p").status == 0
+    assert result(tmp_path / "p")["chosen"]["val"]["top1"] > 0.7
+
+
+@pytest.mark.parametrize(("free", "expected"), [(9_600, "float32"), (9_599, "float16"), (4_800, "float16")])
+def test_features_take_half_of_the_memory_at_most(free: int, expected: str) -> None:
+    assert number_type(100, 12, free).name == expected
+
+
+def test_features_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        number_type(1_281_167, 3072, 8 * 10**9)
+    assert str(caught.value) == (
+        "the features of 1,281,167 images, 3,072 numbers each, take 7.9 GB as float16, more than half of the 8.0 GB "
+        "that are free; give fewer --layers or --features"
+    )
+
+
+# MAE's probe
+
+
+def test_maes_crop_clamps_what_sticks_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The released code's steps, worked with the same draws: 0.9 of the area, width / height 1.3."""
+    numbers = iter([0.9, math.log(1.3)])
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *bounds, generator: self.fill_(next(numbers)))
+    height, width = 50, 70
+    top, left, rows, columns = clamped_crop(height, width, generator=seeded(0))
+    area = 0.9 * height * width
+    assert (rows, columns) == (min(50, round((area / 1.3) ** 0.5)), min(70, round((area * 1.3) ** 0.5))) == (49, 64)
+    assert 0 <= top <= 1 and 0 <= left <= 6
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000))
+def test_maes_crop_lies_within_the_image(height: int, width: int, seed: int) -> None:
+    top, left, rows, columns = clamped_crop(height, width, generator=seeded(seed))
+    assert 1 <= rows <= height - top and 1 <= columns <= width - left and min(top, left) >= 0
+
+
+def test_maes_crop_has_no_second_try() -> None:
+    """Of a wide image about half of the boxes are too high; all of those are as high as the image."""
+    heights = [clamped_crop(20, 80, generator=seeded(seed))[2] for seed in range(300)]
+    assert 90 < sum(height == 20 for height in heights) < 250
+
+
+def test_samples_depend_on_seed_epoch_and_image_alone(photos: Path) -> None:
+    train = labelled_data(str(photos), seed=0).train
+
+    def samples(micro_batch: int, workers: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        batches = probe_batches(
+            train, PixelFormat(3, "uint8"), (16, 24), seed=1, batch_size=4, micro_batch=micro_batch,
+            first_batch=first, total_batches=6, workers=workers, pin_memory=False,
+        )  # fmt: skip
+        parts = list(batches)
+        return torch.cat([part.pixels for part in parts]), torch.cat([part.labels for part in parts])
+
+    whole = samples(4, 0)
+    assert whole[0].shape == (24, 3, 16, 24)
+    for other in (samples(3, 0), samples(1, 1)):
+        assert torch.equal(other[0], whole[0]) and torch.equal(other[1], whole[1])
+    later = samples(4, 0, first=2)
+    assert torch.equal(later[0], whole[0][8:]) and torch.equal(later[1], whole[1][8:])
+    # In four epochs of six images each comes four times, with new crops.
+    assert torch.bincount(whole[1]).tolist() == [12, 12] and len({p.numpy().tobytes() for p in whole[0]}) == 24
+
+
+def test_maes_probe_learns_and_leaves_its_head(lomar, finished_run: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p"
+    words = f"{QUICK} --protocol mae --batch-size 4 --epochs 30"
+    done = lomar("probe --model", finished_run, "--data", photos, "--out", out, words)
+    assert done.status == 0
+    found = result(out)
+    assert found["chosen"]["input"] == "cls of layer 3" and found["chosen"]["base_lr"] == 0.1 * 16384 / 4
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == found["steps"] == 45 and sum("val_top1" in row for row in rows) >= 10
+    assert rows[-1]["val_top1"] == found["chosen"]["val"]["top1"]
+    assert max(row["lr"] for row in rows) == pytest.approx(6.4, rel=0.01) and rows[-1]["lr"] < 0.05
+    assert rows[2]["lr"] == pytest.approx(6.4 * 3 / 5)  # a ninth of the steps has a rising rate
+    with safe_open(out / "probe.safetensors", "pt") as file:
+        assert {name: file.get_slice(name).get_shape() for name in file.keys()} == {  # noqa: SIM118
+            "weight": [2, 16], "bias": [2], "mean": [16], "std": [16],
+        }  # fmt: skip
+
+
+def test_maes_head_sees_the_frozen_cls_token_and_nothing_of_the_encoder_changes(
+    lomar, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    close = MaeProbe.close
+
+    def kept(self: MaeProbe) -> None:
+        seen["encoder"] = self.encoder.model
+        close(self)
+
+    monkeypatch.setattr(MaeProbe, "close", kept)
+    assert lomar("probe", MAE, "--data", photos, "--out", tmp_path / "p").status == 0
+    torch.manual_seed(0)
+    fresh = Encoder(224, 16, 3, 0, embed_dim=16, depth=2, num_heads=2)
+    for (name, p), (_, q) in zip(fresh.named_parameters(), seen["encoder"].named_parameters(), strict=True):
+        assert torch.equal(p, q) and q.grad is None, name
+    assert not seen["encoder"].training
+
+
+@pytest.mark.parametrize("micro", [64, 3])
+def test_maes_probe_that_was_stopped_goes_on_as_if_it_had_not_been(
+    lomar, photos: Path, tmp_path: Path, stopped_at, micro: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(probe_learning._IMAGES_AT_ONCE, "cpu", micro)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert lomar("probe", MAE, "--data", photos, "--out", whole).status == 0
+    for step in (2, 3):
+        stopped_at(MaeProbe, step, signal.SIGTERM)
+        words = ("--resume",) if parts.exists() else (MAE, "--data", photos)
+        assert lomar("probe --out", parts, *words).status == 143
+    assert (parts / "checkpoints" / "last.pt").exists()
+    assert lomar("probe --out", parts, "--resume --log-every 1").status == 0
+    numbers = [lasting(each) for each in (whole, parts)]
+    for each in numbers:
+        del each[0]["options"]["log_every"]
+    assert numbers[0] == numbers[1]
+
+
+def test_a_bad_file_is_replaced_by_another_image_with_that_ones_label(lomar, photos: Path, tmp_path: Path) -> None:
+    for image in photos.rglob("*.png"):
+        for part in ("train", "val"):
+            place = tmp_path / "data" / part / image.relative_to(photos)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(image)
+    bad = tmp_path / "data" / "train" / "red" / "bad.jpg"
+    bad.write_bytes(b"no image")
+    done = lomar("probe", MAE, "--data", tmp_path / "data", "--out", tmp_path / "p")
+    assert done.status == 0 and f"skipped an unreadable image: {bad}: " in done.out
+    assert result(tmp_path / "p")["images"]["fit"] == {"images": 9, "unusable": [str(bad)]}
+    train = labelled_data(str(tmp_path / "data"), seed=0).train
+    batches = probe_batches(
+        train, PixelFormat(3, "uint8"), (16, 16), seed=0, batch_size=9, micro_batch=9, first_batch=0,
+        total_batches=2, workers=0, pin_memory=False,
+    )  # fmt: skip
+    for batch in batches:
+        reds = batch.pixels[:, 0].float().mean(dim=(1, 2)) > batch.pixels[:, 2].float().mean(dim=(1, 2))
+        assert torch.equal(reds.long(), batch.labels)
+
+
+class WithCls(nn.Module):
+    num_prefix_tokens, cls_token, feature_info = 1, 0.0, ({},) * 12
+
+    def forward_intermediates(self, return_prefix_tokens: bool) -> None: ...
+
+
+def test_on_imagenet_maes_probe_is_maes() -> None:
+    chosen = {name: each.value for name, each in choose({"protocol": "mae"}, WithCls(), 1_281_167).items()}
+    assert chosen == {
+        "features": ("cls",),
+        "layers": (12,),
+        "batch_size": 16384,
+        "base_lrs": (0.1,),
+        "epochs": 90,
+        "warmup_epochs": 10,
+    }
+
+
+@pytest.mark.parametrize(("count", "batch"), [(50, 32), (9469, 128), (100_000, 1024), (10**8, 16384)])
+def test_on_fewer_images_a_step_has_maes_rate_and_an_epoch_its_steps(count: int, batch: int) -> None:
+    chosen = {name: each.value for name, each in choose({"protocol": "mae"}, WithCls(), count).items()}
+    assert chosen["batch_size"] == batch
+    assert chosen["base_lrs"][0] * batch / 256 == pytest.approx(6.4)
+    assert choose({"protocol": "mae", "batch_size": 512}, WithCls(), count)["base_lrs"].value == (3.2,)
+
+
+@pytest.mark.parametrize(("count", "batch", "epochs"), [(100, 32, 39.0625), (8522, 128, 50), (1_281_167, 1024, 10)])
+def test_the_sweep_takes_as_many_steps_as_dinov2_within_limits(count: int, batch: int, epochs: float) -> None:
+    chosen = {name: each.value for name, each in choose({}, WithCls(), count).items()}
+    assert chosen["batch_size"] == batch and chosen["epochs"] == pytest.approx(min(50, max(10, epochs)), rel=0.3)
+    assert chosen["layers"] == (9, 10, 11, 12) and len(chosen["base_lrs"]) == 13
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--layers 3", "--layers 3: the model has layers 1 to 2"),
+        ("--image-size 30", "--image-size 30 is not a multiple of the model's patches of 16 px; 32 would be"),
+        ("--features best", "--features is 'best'; it can be pooled, cls, mean, cls+mean"),
+        (
+            "--model scratch:test_resnet --image-size 32 --features pooled cls",
+            "--features cls: the model has no cls token; features can be pooled or mean",
+        ),
+        (
+            "--model scratch:xcit_nano_12_p16_224 --image-size 32 --features cls",
+            "--features cls: the model has a cls token after layer 12 alone, its last",
+        ),
+        (
+            "--protocol mae --base-lrs 0.1 0.2",
+            "--base-lrs: --protocol mae trains one classifier and takes one value; fast takes more",
+        ),
+        (
+            "--protocol mae --layers 1 2",
+            "--layers: --protocol mae trains one classifier and takes one value; fast takes more",
+        ),
+        ("--protocol mae --batch-size 1", "--batch-size 1: the batch norm of --protocol mae needs two images at least"),
+        ("--data {here}/flat", "--data {here}/flat: the images have no labels; put those of each class in a folder of "
+         "its own, or give a .csv of path,label"),
+        ("--data {here}/only", "--data {here}/only: there is one class alone, 'a'; at least two are needed"),
+        (
+            "--data {here}/lone",
+            "--data {here}/lone: no class has two images to train on, so that none can be held out to choose a head",
+        ),
+        (
+            "--data {here}/bad",
+            "--data {here}/bad: none of the 2 images of val can be used, for example {here}/bad/val/a/1.jpg",
+        ),
+        ("--resume", "--out {here}/p holds no run to resume: there is no config.yaml in it"),
+        ("--out {here}/flat/1.jpg", "--out {here}/flat/1.jpg is a file; it must be a folder"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(lomar, photos: Path, tmp_path: Path, words: str, message: str) -> None:
+    lone = ("lone/train/a/1.jpg", "lone/train/b/1.jpg", "lone/val/a/1.jpg")
+    bad = ("bad/train/a/1.jpg", "bad/train/b/1.jpg", "bad/train/b/2.jpg", "bad/val/a/1.jpg", "bad/val/b/1.jpg")
+    for name in ("flat/1.jpg", "flat/2.jpg", "only/a/1.jpg", *lone, *bad):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    given = words.replace("{here}", str(tmp_path))
+    rest = {"--model": "scratch:16x2x2", "--image-size": "32", "--data": photos, "--out": tmp_path / "p"}
+    parts = [part for flag, value in rest.items() if flag not in words for part in (flag, value)]
+    done = lomar("probe", QUICK, *parts, given)
+    assert (done.status, done.err) == (2, f"lomar: error: {message.replace('{here}', str(tmp_path))}\n")
+
+
+def test_missing_options_are_named(lomar) -> None:
+    assert lomar("probe --data x").err == "lomar: error: --out is missing: the folder in which to make the probe\n"
+    assert lomar("probe --out x").err == "lomar: error: --model is missing; see lomar probe --help\n"
+    assert lomar("probe --out x --model y").err == "lomar: error: --data is missing; see lomar probe --help\n"
+
+
+def test_what_is_in_out_is_kept_unless_it_is_a_probe_to_be_overwritten(
+    lomar, finished_run: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "p"
+    assert lomar("probe", FAST, "--data", photos, "--out", out).status == 0
+    (out / "mine.txt").write_text("mine")
+    before = (out / "probe.json").read_bytes()
+    done = lomar("probe", FAST, "--data", photos, "--out", out, "--seed 1")
+    assert done.err == (
+        f"lomar: error: --out {out} already holds a run; --resume goes on with it, --overwrite deletes it\n"
+    )
+    assert (out / "probe.json").read_bytes() == before
+    assert lomar("probe", FAST, "--data", photos, "--out", out, "--seed 1 --overwrite").status == 0
+    assert (out / "mine.txt").exists() and result(out)["options"]["seed"] == 1
+    held = sorted(path.name for path in finished_run.iterdir())
+    done = lomar("probe", FAST, "--data", photos, "--out", finished_run, "--overwrite")
+    assert done.err == f"lomar: error: --out {finished_run} holds a run that is no probe; give another folder\n"
+    assert sorted(path.name for path in finished_run.iterdir()) == held
+
+
+def test_a_resumed_probe_keeps_its_options_images_and_weights(
+    lomar, finished_run: Path, photos: Path, tmp_path: Path, stopped_at
+) -> None:
+    out, run = tmp_path / "p", tmp_path / "run"
+    run.mkdir()
+    (run / "encoder.safetensors").write_bytes((finished_run / "encoder.safetensors").read_bytes())
+    stopped_at(SweepProbe, 2, signal.SIGTERM)
+    assert lomar("probe --epochs 9 --batch-size 4", QUICK, "--model", run, "--data", photos, "--out", out).status == 143
+    done = lomar("probe --resume --out", out, "--epochs 8")
+    assert done.err == (
+        f"lomar: error: --epochs is 8.0, but the run in {out} has 9.0; a resumed run keeps what changes its results\n"
+    )
+    assert lomar("probe --resume --overwrite --out", out).err == (
+        "lomar: error: --resume and --overwrite are both given; give one\n"
+    )
+    metadata, tensors = read_file(run / "encoder.safetensors", "encoder")
+    tensors["norm.weight"][0] += 1
+    told = {name: value for name, value in metadata.items() if name not in ("kind", "version")}
+    save_file(run / "encoder.safetensors", tensors, "encoder", told)
+    assert lomar("probe --resume --out", out).err == (
+        f"lomar: error: the encoder's weights or the images are not those that {out} began with; bring them back, or "
+        "start anew with --overwrite\n"
+    )
