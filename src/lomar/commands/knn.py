@@ -71,13 +71,7 @@ def command(given: Mapping[str, Any]) -> int:
     ks = sorted(set(options.k))
     if ks[-1] > len(train.labels):
         raise UserError(f"--k {ks[-1]}: there are {len(train.labels)} train images to be neighbours")
-    found = [
-        {"layer": layer, "k": k, "top1": round(first, 6), "top5": round(few, 6)}
-        for layer, bank, queries in zip(layers, train.features, val.features, strict=True)
-        for k, (first, few) in neighbour_accuracy(
-            bank, train.labels, queries, val.labels, ks, options.temperature
-        ).items()
-    ]
+    found = _accuracies(encoder, layers, train, val, ks, options.temperature)
     sys.stdout.write(_table(encoder, data, train, val, options, found, images_per_s))
     if out:
         about = {
@@ -122,6 +116,20 @@ def _part(encoder: FrozenEncoder, part: Labelled, wanted: Sequence[Wanted], opti
     return _Part(
         [torch.cat(kind)[good] for kind in zip(*features, strict=True)], torch.from_numpy(part.labels)[good], names
     )
+
+
+def _accuracies(
+    encoder: FrozenEncoder, layers: Sequence[int], train: _Part, val: _Part, ks: Sequence[int], temperature: float
+) -> list[dict[str, Any]]:
+    """A row for each layer and k; neighbours are looked for on the encoder's device."""
+    device = encoder.device
+    rows = []
+    for layer, bank, queries in zip(layers, train.features, val.features, strict=True):
+        shares = neighbour_accuracy(
+            bank.to(device), train.labels.to(device), queries.to(device), val.labels.to(device), ks, temperature
+        )
+        rows += [{"layer": layer, "k": k, "top1": round(a, 6), "top5": round(b, 6)} for k, (a, b) in shares.items()]
+    return rows
 
 
 def _table(

@@ -303,7 +303,7 @@ def centre_crops(
     """
     size = (size_px, size_px) if isinstance(size_px, int) else size_px
     starts = range(first, len(source), batch_size)
-    batches = [list(range(start, min(start + batch_size, len(source)))) for start in starts]
+    batches = (list(range(start, min(start + batch_size, len(source)))) for start in starts)
     return loaded(_CentreCrops(source, fmt, size, share), batches, workers, pin_memory=False)
 
 

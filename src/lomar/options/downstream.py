@@ -183,7 +183,7 @@ class ProbeOptions:
     )
     features: tuple[str, ...] = option(
         "one vector an image: pooled (as the model pools), cls, mean (of the patch tokens), cls+mean",
-        auto="fast: pooled and cls+mean; mae: cls",
+        auto="fast: pooled and cls+mean; mae: cls; without a cls token pooled",
         choices=("pooled", "cls", "mean", "cls+mean"),
         metavar="NAME",
     )
@@ -196,7 +196,10 @@ class ProbeOptions:
     )
     image_size: tuple[int, ...] | None = option(IMAGE_SIZE, default=None, auto="the model's", low=1, metavar="PX")
     base_lrs: tuple[float, ...] = option(
-        "learning rates for 256 images", auto="fast: thirteen, DINOv2's; mae: 0.1", above=0, metavar="LR"
+        "learning rates for 256 images",
+        auto="fast: thirteen, DINOv2's; mae: 6.4 a step, MAE's",
+        above=0,
+        metavar="LR",
     )
     epochs: float = option("passes over the images", auto=AUTO, above=0, metavar="E")
     warmup_epochs: float = option("passes with a rising rate", auto="fast: 0; mae: a ninth", low=0, metavar="E")
