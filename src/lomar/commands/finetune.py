@@ -13,7 +13,7 @@ from torch import nn
 
 from lomar.commands.finetune_settling import LAST_FILE, SettledFinetuning, settle, settle_again
 from lomar.commands.judging import EVALUATION_FILE, judged, numbers_of, summary, write_judgement
-from lomar.commands.runs import CONFIG_FILE, asked_for, begin, make_fabric
+from lomar.commands.runs import CONFIG_FILE, asked_for, begin, disband, make_fabric
 from lomar.data.labels import Labelled
 from lomar.data.loader import MicroBatch
 from lomar.data.supervised import training_batches
@@ -87,7 +87,9 @@ def command(given: Mapping[str, Any]) -> int:
         with Display(options.log_every, enabled=fabric.is_global_zero) as display, StopRequest() as stop:
             for note in [*settled.notes, *([] if resume else done)]:
                 display.say(note)
-            return _train(fabric, run, settled, classifier, display, stop)
+            status = _train(fabric, run, settled, classifier, display, stop)
+        disband(fabric)
+        return status
     finally:
         close_log()
 

@@ -9,7 +9,7 @@ import torch
 from lightning_fabric import Fabric
 
 from lomar.commands.evaluation import Evaluation, evaluation_data
-from lomar.commands.runs import CONFIG_FILE, begin, make_fabric
+from lomar.commands.runs import CONFIG_FILE, begin, disband, make_fabric
 from lomar.commands.settling import TOKENIZER_FILE, Settled, asked_for_pretraining, settle, settle_again
 from lomar.data.labels import LabelledData
 from lomar.data.loader import CropPlan, MicroBatch, pretraining_batches
@@ -93,7 +93,9 @@ def _run(given: Mapping[str, Any]) -> int:
         with Display(options.log_every, enabled=fabric.is_global_zero) as display, StopRequest() as stop:
             for note in notes:
                 display.say(note)
-            return _train(fabric, run, settled, method, labelled, display, stop)
+            status = _train(fabric, run, settled, method, labelled, display, stop)
+        disband(fabric)
+        return status
     finally:
         close_log()
 

@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning_fabric import Fabric
 
@@ -115,6 +116,13 @@ def make_fabric(device: str, precision: str) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def disband(fabric: Fabric) -> None:
+    """End the processes' connection, once all are done: threads of it that outlive a process would abort it."""
+    fabric.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def begin(
