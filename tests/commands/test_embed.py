@@ -21,8 +21,9 @@ from safetensors.numpy import load_file
 
 import lomar as package
 from lomar.commands import embed as subject
+from lomar.commands import frozen
 from lomar.data.sources import open_source
-from lomar.downstream import embedding as files
+from lomar.downstream import embedding_writer as writing
 from lomar.downstream.embedding import begun, partial_of, read_embedding
 from lomar.interop.weights import save_encoder
 from lomar.methods.recipes import RECIPES
@@ -38,18 +39,18 @@ GUIDE = Path(__file__).parents[2] / "docs" / "embedding.md"
 @pytest.fixture
 def stops_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
     """Let something happen in the next command when it has made a number of batches; every row is made safe at once."""
-    real = subject.features_in_batches
+    real = frozen.features_in_batches
 
     def stops(batch: int, happens: Callable[[], None]) -> None:
         def features(*given: Any) -> Iterator[Any]:
-            monkeypatch.setattr(subject, "features_in_batches", real)
+            monkeypatch.setattr(frozen, "features_in_batches", real)
             for number, found in enumerate(real(*given)):
                 if number == batch:
                     happens()
                 yield found
 
-        monkeypatch.setattr(subject, "features_in_batches", features)
-        monkeypatch.setattr(files, "KEEP_EVERY_S", -1.0)
+        monkeypatch.setattr(frozen, "features_in_batches", features)
+        monkeypatch.setattr(writing, "KEEP_EVERY_S", -1.0)
 
     return stops
 
@@ -250,16 +251,16 @@ def test_killed_with_9_it_goes_on(lomar: Command, photos: Path, tmp_path: Path) 
     code = f"""
 import os, signal
 from lomar.cli import main
-from lomar.commands import embed
-from lomar.downstream import embedding
-embedding.KEEP_EVERY_S = -1.0
-real = embed.features_in_batches
+from lomar.commands import frozen
+from lomar.downstream import embedding_writer
+embedding_writer.KEEP_EVERY_S = -1.0
+real = frozen.features_in_batches
 def features(*given):
     for number, found in enumerate(real(*given)):
         if number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         yield found
-embed.features_in_batches = features
+frozen.features_in_batches = features
 main({arguments!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -343,7 +344,7 @@ def test_features_that_are_not_finite_are_not_good(
     lomar: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither all of them, which is an error, nor one."""
-    real = subject.features_in_batches
+    real = frozen.features_in_batches
     bad: list[int] = [*range(8)]
 
     def features(*given: Any) -> Iterator[Any]:
@@ -352,7 +353,7 @@ def test_features_that_are_not_finite_are_not_good(
             found[bad] = 1e6
             yield [found], good
 
-    monkeypatch.setattr(subject, "features_in_batches", features)
+    monkeypatch.setattr(frozen, "features_in_batches", features)
     out = tmp_path / "e.npz"
     words = (SMALL, "--dtype float16 --data", photos, "--out", out)
     outcome = lomar(*words)

@@ -22,7 +22,6 @@ from lomar import load
 from lomar.commands import probe_learning
 from lomar.commands.frozen import FrozenEncoder
 from lomar.commands.probe_cache import number_type
-from lomar.commands.probe_images import probe_batches
 from lomar.commands.probe_learning import MaeProbe, SweepProbe
 from lomar.commands.probe_settling import choose
 from lomar.data.augment import centre_share, clamped_crop
@@ -280,27 +279,6 @@ def test_maes_crop_has_no_second_try() -> None:
     assert 90 < sum(height == 20 for height in heights) < 250
 
 
-def test_samples_depend_on_seed_epoch_and_image_alone(photos: Path) -> None:
-    train = labelled_data(str(photos), seed=0).train
-
-    def samples(micro_batch: int, workers: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        batches = probe_batches(
-            train, PixelFormat(3, "uint8"), (16, 24), seed=1, batch_size=4, micro_batch=micro_batch,
-            first_batch=first, total_batches=6, workers=workers, pin_memory=False,
-        )  # fmt: skip
-        parts = list(batches)
-        return torch.cat([part.pixels for part in parts]), torch.cat([part.labels for part in parts])
-
-    whole = samples(4, 0)
-    assert whole[0].shape == (24, 3, 16, 24)
-    for other in (samples(3, 0), samples(1, 1)):
-        assert torch.equal(other[0], whole[0]) and torch.equal(other[1], whole[1])
-    later = samples(4, 0, first=2)
-    assert torch.equal(later[0], whole[0][8:]) and torch.equal(later[1], whole[1][8:])
-    # In four epochs of six images each comes four times, with new crops.
-    assert torch.bincount(whole[1]).tolist() == [12, 12] and len({p.numpy().tobytes() for p in whole[0]}) == 24
-
-
 def test_maes_probe_learns_and_leaves_its_head(lomar, finished_run: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "p"
     words = f"{QUICK} --protocol mae --batch-size 4 --epochs 30"
@@ -368,14 +346,6 @@ def test_a_bad_file_is_replaced_by_another_image_with_that_ones_label(lomar, pho
     done = lomar("probe", MAE, "--data", tmp_path / "data", "--out", tmp_path / "p")
     assert done.status == 0 and f"skipped an unreadable image: {bad}: " in done.out
     assert result(tmp_path / "p")["images"]["fit"] == {"images": 9, "unusable": [str(bad)]}
-    train = labelled_data(str(tmp_path / "data"), seed=0).train
-    batches = probe_batches(
-        train, PixelFormat(3, "uint8"), (16, 16), seed=0, batch_size=9, micro_batch=9, first_batch=0,
-        total_batches=2, workers=0, pin_memory=False,
-    )  # fmt: skip
-    for batch in batches:
-        reds = batch.pixels[:, 0].float().mean(dim=(1, 2)) > batch.pixels[:, 2].float().mean(dim=(1, 2))
-        assert torch.equal(reds.long(), batch.labels)
 
 
 class WithCls(nn.Module):

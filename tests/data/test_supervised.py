@@ -20,18 +20,7 @@ from lomar.errors import UserError
 
 RGB8 = PixelFormat(3, "uint8")
 POLICY = "rand-m9-mstd0.5-inc1"
-PLAIN = Augmentation(
-    size_px=(24, 16),
-    crop_scale=(0.5, 1.0),
-    policy="none",
-    mean=(0.5, 0.4, 0.3),
-    color_jitter=0.0,
-    erase=0.0,
-    mixup=0.0,
-    cutmix=0.0,
-    smoothing=0.0,
-    classes=3,
-)
+PLAIN = Augmentation(size_px=(24, 16), crop_scale=(0.5, 1.0), classes=3, mean=(0.5, 0.4, 0.3))
 
 
 def scaled(pixels: torch.Tensor) -> torch.Tensor:
@@ -99,12 +88,13 @@ def test_a_target_is_mixed_as_its_image_is(labelled: Labelled, mix: dict[str, fl
     micro_batch=st.sampled_from([2, 4, 6, 12]),
     world=st.sampled_from([1, 2, 3]),
     policy=st.sampled_from(["none", POLICY]),
+    clamped=st.booleans(),
 )
 @settings(max_examples=15, deadline=None)
 def test_neither_micro_batches_nor_processes_change_a_batch(
-    labelled: Labelled, seed: int, micro_batch: int, world: int, policy: str
+    labelled: Labelled, seed: int, micro_batch: int, world: int, policy: str, clamped: bool
 ) -> None:
-    augmentation = replace(PLAIN, mixup=0.8, cutmix=1.0, erase=0.5, policy=policy, color_jitter=0.3)
+    augmentation = replace(PLAIN, mixup=0.8, cutmix=1.0, erase=0.5, policy=policy, color_jitter=0.3, clamped=clamped)
     told = {"seed": seed, "batch_size": 12, "depth": 2, "total_batches": 2}
     whole = batches(labelled, augmentation, **told | {"micro_batch": 12})
     ranks = [

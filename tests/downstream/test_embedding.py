@@ -15,19 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
-from lomar.downstream import embedding as subject
-from lomar.downstream.embedding import (
-    Embedding,
-    EmbeddingWriter,
-    Plan,
-    begun,
-    bytes_needed,
-    check_finished,
-    discard,
-    nearest,
-    partial_of,
-    read_embedding,
-)
+from lomar.downstream import embedding as reading
+from lomar.downstream import embedding_writer as writing
+from lomar.downstream.embedding import Embedding, begun, nearest, partial_of, read_embedding
+from lomar.downstream.embedding_writer import EmbeddingWriter, Plan, bytes_needed, check_finished, discard
 from lomar.errors import UserError
 
 ROOT = "/photos"
@@ -99,7 +90,7 @@ def test_our_reader_agrees_with_what_was_written(ending: str, dtype: str, tmp_pa
 
 
 def test_paths_whose_text_would_be_huge_are_bytes_in_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "LARGEST_TEXT", 100)
+    monkeypatch.setattr(writing, "LARGEST_TEXT", 100)
     out = written(tmp_path / "a.npz")
     with np.load(out) as arrays:
         assert bytes(arrays["paths"]).decode("utf-8", "surrogateescape").split("\0") == PATHS
@@ -227,7 +218,7 @@ def test_rows_are_made_safe_now_and_then(ending: str, tmp_path: Path, monkeypatc
     writer = EmbeddingWriter.begin(out, plan())
     writer.write(rows()[:3], GOOD[:3])
     assert begun(out) == 0
-    monkeypatch.setattr(subject, "KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(writing, "KEEP_EVERY_S", 0.0)
     writer.write(rows()[3:5], GOOD[3:5])
     assert begun(out) == 5
     writer.close()
@@ -297,7 +288,7 @@ def test_neighbours_are_those_of_scikit_learn(count: int, width: int, wanted: in
     queries = np.flatnonzero(good)[::2].tolist()
     with pytest.MonkeyPatch.context() as patch:
         if chunks:
-            patch.setattr(subject, "_CHUNK", 7 * width)
+            patch.setattr(reading, "_COMPARED", 7 * width)
         places, similarities = nearest(embedding, queries, wanted)
     bank = np.flatnonzero(good)
     k = min(wanted, len(bank) - 1)

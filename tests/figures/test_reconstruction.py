@@ -178,13 +178,13 @@ def test_an_image_of_one_value_and_a_prediction_of_nan_are_drawn(value: int) -> 
 def captions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collects the captions as they are about to be wrapped."""
     said: list[str] = []
-    wrapped = sheet._wrapped
+    wrapped = sheet.wrapped
 
     def listen(text: str, *rest: Any) -> list[str]:
         said.append(text)
         return wrapped(text, *rest)
 
-    monkeypatch.setattr(sheet, "_wrapped", listen)
+    monkeypatch.setattr(sheet, "wrapped", listen)
     return said
 
 

@@ -1,6 +1,5 @@
 """`lomar embed`: the features of every image in one file, in memory that does not grow with their number."""
 
-import hashlib
 import math
 import shutil
 import sys
@@ -10,26 +9,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from lomar import __version__
-from lomar.commands.frozen import Batches, FrozenEncoder, open_frozen, watched
+from lomar.commands.frozen import FrozenEncoder, open_frozen, watched, weights_digest
 from lomar.data.augment import centre_crop, centre_share
 from lomar.data.decode import read_image
-from lomar.data.loader import centre_crops
 from lomar.data.sources import ImageSource, open_source
 from lomar.data.survey import reason_for, spread
-from lomar.downstream.embedding import (
+from lomar.downstream.embedding import begun
+from lomar.downstream.embedding_writer import (
     ENDINGS,
     EmbeddingWriter,
     Plan,
-    begun,
     bytes_needed,
     check_finished,
     discard,
 )
-from lomar.downstream.features import Wanted, feature_reader, features_in_batches, layer_count, undisturbed
+from lomar.downstream.features import Wanted, layer_count
 from lomar.errors import BadImageError, UserError
 from lomar.interop.models import patch_size_of
 from lomar.options import EmbedOptions
@@ -144,7 +139,7 @@ def _plan(options: EmbedOptions, encoder: FrozenEncoder, source: ImageSource, ba
     about = {
         "version": __version__,
         "model": options.model,
-        "weights": _digest(encoder.model),
+        "weights": weights_digest(encoder.model),
         "features": options.features,
         "layer": options.layer or count,
         "image_size": taken.size,
@@ -153,7 +148,7 @@ def _plan(options: EmbedOptions, encoder: FrozenEncoder, source: ImageSource, ba
         "scale": taken.scale,
         "mean": taken.mean,
         "std": taken.std,
-        "root": _root(options.data),
+        "root": str(Path(source.root).absolute()) if source.root else "",
         "images": source.fingerprint(),
         "batch_size": batch_size,
         "device": encoder.hardware.device,
@@ -168,38 +163,14 @@ def _row_shape(encoder: FrozenEncoder, wanted: Wanted) -> tuple[int, ...]:
     Raises:
         UserError: the model does not give such features.
     """
-    model = encoder.model
-    blank = torch.zeros(1, encoder.input.channels, *encoder.input.size, device=encoder.device)
-    try:
-        with undisturbed(model, encoder.device), torch.inference_mode(), encoder.autocast():
-            (found,) = feature_reader(model, [wanted])(blank)
-    except ValueError as error:
-        raise UserError(f"--features: {error}") from error
-    shape = tuple(found.shape[1:])
+    (shape,) = encoder.shapes([wanted])
     if wanted.features != "patches":
         return shape
-    infos: Sequence[Mapping[str, Any]] = model.feature_info  # type: ignore[assignment]  # every model of timm has it
+    infos: Sequence[Mapping[str, Any]] = encoder.model.feature_info  # type: ignore[assignment]  # every model of timm has it
     reduction = infos[(wanted.layer or len(infos)) - 1]["reduction"]
     sides = reduction if isinstance(reduction, Sequence) else (reduction, reduction)
     grid = tuple(math.ceil(size / side) for size, side in zip(encoder.input.size, sides, strict=True))
-    return (*grid, shape[1]) if math.prod(grid) == shape[0] else shape
-
-
-def _digest(model: nn.Module) -> str:
-    """Changes with any weight."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _root(data: str) -> str:
-    """The folder that the paths of `open_source(data)` are relative to."""
-    if data == "sample":
-        return ""  # its paths are absolute
-    path = Path(data).absolute()
-    return str(path if path.is_dir() else path.parent)
+    return (*grid, shape[-1]) if math.prod(grid) == shape[0] else shape
 
 
 def _check_space(out: Path, plan: Plan) -> None:
@@ -230,8 +201,9 @@ def _embed(
     )
     began = time.monotonic()
     with StopRequest() as stop, encoder.autocast():
-        batches = _features(options, encoder, source, batch_size, first)
-        with closing(watched(batches, "embedding", plan.count - first)) as found:
+        wanted = [Wanted(options.features, options.layer)]
+        batches = encoder.features(source, wanted, batch_size, first)
+        with closing(watched(batches, "embedding", plan.count, first)) as found:
             for (features,), good in found:
                 writer.write(features.numpy().reshape(len(good), *plan.row), good.numpy())
                 if stop.signal_number and writer.rows < plan.count:
@@ -251,15 +223,6 @@ def _embed(
             f"{_why(source, bad, encoder)}\n"
         )
     return 0
-
-
-def _features(
-    options: EmbedOptions, encoder: FrozenEncoder, source: ImageSource, batch_size: int, first: int
-) -> Batches:
-    size = encoder.input.size
-    crops = centre_crops(source, encoder.fmt, size, encoder.workers, batch_size, centre_share(size), first)
-    wanted = [Wanted(options.features, options.layer)]
-    return features_in_batches(encoder.model, wanted, crops, encoder.input.normalise, encoder.device)
 
 
 def _why(source: ImageSource, bad: Sequence[int], encoder: FrozenEncoder) -> str:

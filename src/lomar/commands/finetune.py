@@ -101,7 +101,7 @@ def _train(
     course = _course(options, settled.data.train)
 
     def batches(first_step: int) -> Generator[MicroBatch, None, None]:
-        yield from training_batches(
+        return training_batches(
             settled.data.train,
             settled.fmt,
             settled.augmentation,

@@ -1,10 +1,12 @@
 """A frozen encoder on its hardware: the features of labelled images, and which of them cannot be used."""
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from rich.console import Console
@@ -64,18 +66,17 @@ class FrozenEncoder:
         """The context in which it runs."""
         return torch.autocast(self.hardware.device, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def features(self, source: ImageSource, wanted: Sequence[Wanted], batch_size: int) -> Batches:
-        """Features of central crops, a batch at a time, and which can be used: see `features_in_batches`.
+    def features(self, source: ImageSource, wanted: Sequence[Wanted], batch_size: int, first: int = 0) -> Batches:
+        """Features of central crops from image `first` on, a batch at a time, and which can be used.
 
-        To be asked for within `autocast`, and closed: the loading processes end then.
+        See `features_in_batches`. To be asked for within `autocast`, and closed: the loading processes end then.
         """
-        crops = centre_crops(
-            source, self.fmt, self.input.size, self.workers, batch_size, share=centre_share(self.input.size)
-        )
+        size = self.input.size
+        crops = centre_crops(source, self.fmt, size, self.workers, batch_size, centre_share(size), first)
         return features_in_batches(self.model, wanted, crops, self.input.normalise, self.device)
 
-    def widths(self, wanted: Sequence[Wanted]) -> list[int]:
-        """How many numbers an image has of each kind.
+    def shapes(self, wanted: Sequence[Wanted]) -> list[tuple[int, ...]]:
+        """The shape that each kind of feature of an image has: (D,), or (patches, D).
 
         Raises:
             UserError: the model does not give them.
@@ -84,7 +85,7 @@ class FrozenEncoder:
             read = feature_reader(self.model, wanted)
             with undisturbed(self.model, self.device), torch.inference_mode(), self.autocast():
                 blank = torch.zeros(1, self.input.channels, *self.input.size, device=self.device)
-                return [each.shape[-1] for each in read(blank)]
+                return [tuple(each.shape[1:]) for each in read(blank)]
         except ValueError as error:
             raise UserError(f"--features: {error}") from error
 
@@ -136,21 +137,40 @@ def check_features(model: nn.Module, features: Sequence[str], layers: Sequence[i
             raise UserError(f"--features {each}: the model has a cls token after layer {count} alone, its last")
 
 
-def watched(batches: Batches, what: str, total: int) -> Batches:
-    """The same batches, their progress shown on standard error: as a bar in a terminal, else now and then as a line."""
+def weights_digest(model: nn.Module) -> str:
+    """Changes with any weight or buffer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def watched(batches: Batches, what: str, total: int, first: int = 0) -> Batches:
+    """The same batches, their progress shown on standard error: as a bar in a terminal, else now and then as a line.
+
+    Args:
+        batches: of features, and which can be used.
+        what: is going on.
+        total: images of all.
+        first: images done before, in an earlier sitting.
+    """
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    rate = TextColumn("{task.fields[rate]:.0f} images/s")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     began = told = time.monotonic()
-    done = 0
+    done = first
     with closing(batches), Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(what, total=total, completed=first, rate=0.0)
         for found, good in batches:
             yield found, good
             done += len(good)
-            bar.update(task, completed=done)
             now = time.monotonic()
+            images_per_s = (done - first) / max(1e-9, now - began)
+            bar.update(task, completed=done, rate=images_per_s)
             if bar.disable and now - told > _PLAIN_LINE_S and done < total:
-                sys.stderr.write(f"lomar: {what}: {done}/{total} images, {done / (now - began):.0f} a second\n")
+                left = timedelta(seconds=round((total - done) / images_per_s))
+                sys.stderr.write(f"lomar: {what}: {done}/{total} images, {images_per_s:.0f} images/s, eta {left}\n")
                 told = now
 
 

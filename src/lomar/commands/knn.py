@@ -62,7 +62,7 @@ def command(given: Mapping[str, Any]) -> int:
     layers = tuple(dict.fromkeys(options.layers or (layer_count(encoder.model),)))
     check_features(encoder.model, [options.features], layers)
     wanted = [Wanted(options.features, layer) for layer in layers]
-    encoder.widths(wanted)  # refuses what the model cannot give, before the work
+    encoder.shapes(wanted)  # refuses what the model cannot give, before the work
     began = time.monotonic()
     # First those that are asked about: usually they are fewer, so that what is wrong with the images shows early.
     val = _part(encoder, data.val, wanted, options, "val")

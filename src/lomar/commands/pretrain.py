@@ -113,7 +113,7 @@ def _train(
     course = _course(options, settled.source)
 
     def batches(first_step: int) -> Generator[MicroBatch, None, None]:
-        yield from pretraining_batches(
+        return pretraining_batches(
             settled.source,
             settled.fmt,
             method.draw(options.seed),

@@ -83,7 +83,7 @@ class _Probe:
         """
         self._begin_or_restore()
         parts = parts_of(self.inputs)
-        columns = Columns(parts, self.settled.encoder.widths(parts))
+        columns = Columns(parts, [width for (width,) in self.settled.encoder.shapes(parts)])
         try:
             caches = self._caches(columns)
         except StoppedError:

@@ -1,7 +1,7 @@
 """The two ways to train linear heads on frozen features: the sweep on cached ones, and MAE's on new crops."""
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from lomar.commands.frozen import FrozenEncoder
 from lomar.commands.probe_cache import Cached
-from lomar.commands.probe_images import ProbeBatch, probe_batches
 from lomar.data.labels import Labelled
 from lomar.data.loader import stream
+from lomar.data.supervised import Augmentation, training_batches
 from lomar.downstream.features import feature_reader
 from lomar.downstream.probe import Columns, HeadInput, MaeHead, Standard, Sweep, lars, standard_of, top_hits
 from lomar.options import ProbeOptions
 from lomar.training.records import Row
 
 _ROWS_AT_ONCE = 1024  # of cached features that heads judge
+_MAE_CROP_SCALE = (0.08, 1.0)
 _IMAGES_AT_ONCE = {"cpu": 64, "cuda": 256}  # of a batch, in one pass of the encoder
 
 
@@ -188,7 +189,7 @@ class MaeProbe(_Trained):
         classes: int,
         first_step: int,
         total_steps: int,
-        note_bad: Callable[[list[tuple[str, str]]], None],
+        note_bad: Callable[[Sequence[tuple[str, str]]], None],
     ) -> None:
         self.encoder, self.val, self.only, self.note_bad = encoder, val, only, note_bad
         self.device = encoder.device
@@ -198,10 +199,12 @@ class MaeProbe(_Trained):
         self.count = len(fit)
         self.peak_lr = options.base_lrs[0] * options.batch_size / 256
         self._read = feature_reader(encoder.model, only.parts)
-        self._batches: Generator[ProbeBatch, None, None] = probe_batches(
+        self._batches = training_batches(
             fit,
             encoder.fmt,
-            encoder.input.size,
+            Augmentation(encoder.input.size, _MAE_CROP_SCALE, classes, clamped=True),
+            encoder.input.normalise,
+            depth=0,
             seed=options.seed,
             batch_size=options.batch_size,
             micro_batch=_IMAGES_AT_ONCE[encoder.hardware.device],
@@ -213,7 +216,7 @@ class MaeProbe(_Trained):
 
     def learn(self, lr: float) -> Learned:
         """One step: the encoder takes a part of the batch at a time, the head all of it."""
-        features, labels, waited_s, last = [], [], 0.0, False
+        features, targets, waited_s, last = [], [], 0.0, False
         while not last:
             asked = time.monotonic()
             batch = next(self._batches)
@@ -221,12 +224,12 @@ class MaeProbe(_Trained):
             last = batch.last
             self.note_bad(batch.bad)
             with torch.inference_mode(), self.encoder.autocast():
-                images = self.encoder.input.normalise(batch.pixels.to(self.device, non_blocking=True))
+                images = batch.inputs["images"].to(self.device, non_blocking=True)
                 features.append(torch.cat([part.float() for part in self._read(images)], dim=1))
-            labels.append(batch.labels)
+            targets.append(batch.inputs["targets"])
         # Copied out of inference mode, so that the head can be trained on them.
         logits = self.head.train()(torch.cat(features).clone())
-        loss = F.cross_entropy(logits, torch.cat(labels).to(self.device))
+        loss = F.cross_entropy(logits, torch.cat(targets).to(self.device))
         return Learned(loss.item(), self._update(loss, lr), waited_s)
 
     def scores(self, cached: Cached) -> Scores:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from lomar.commands.automatic import Choice
-from lomar.commands.frozen import FrozenEncoder, check_features, open_frozen
+from lomar.commands.frozen import FrozenEncoder, check_features, open_frozen, weights_digest
 from lomar.commands.runs import CONFIG_FILE, asked_for, check_new, stored
 from lomar.data.labels import Labelled, LabelledData, held_out, labelled_data
 from lomar.downstream.features import has_cls, has_cls_of_layers, layer_count
@@ -52,7 +51,7 @@ class SettledProbe:
 
     def fingerprint(self) -> str:
         """Changes with the encoder's weights, the lists of images and their labels."""
-        digest = hashlib.blake2b(_digest(self.encoder.model), digest_size=8)
+        digest = hashlib.blake2b(weights_digest(self.encoder.model).encode(), digest_size=8)
         for part in (self.data.train, self.data.val):
             digest.update(part.source.fingerprint().encode())
             digest.update(part.labels.tobytes())
@@ -236,12 +235,3 @@ def _notes(
         value = "thirteen" if choice.value == SWEEP_LRS else value
         notes += [f"  {flag(name):<16} {value:<16} {choice.reason}"] if choice.reason else []
     return notes
-
-
-def _digest(model: nn.Module) -> bytes:
-    """Of all weights and buffers."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.digest()

@@ -167,7 +167,7 @@ class _Training:
     def _batches(self) -> Generator[MicroBatch, None, None]:
         options = self.options
         grid = options.image_size // STRIDE
-        yield from pretraining_batches(
+        return pretraining_batches(
             self.source,
             self.fmt,
             _OneWindow((grid, grid), options.window_size, options.seed),

@@ -9,18 +9,18 @@ worker, the micro-batch nor the process it falls to changes it.
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lomar.data.augment import CENTRE_SHARE, ColorJitter, centre_crop, random_resized_crop
-from lomar.data.decode import PixelFormat, read_image
+from lomar.data.decode import Image, PixelFormat, read_image
 from lomar.data.sources import ImageSource
 from lomar.data.survey import reason_for
 from lomar.errors import BadImageError, UserError
@@ -28,6 +28,9 @@ from lomar.seeding import seeded
 
 REPLACEMENTS = 20  # files tried in the place of a bad one: with a quarter bad, all fail once in 10^12
 _PREFETCHED = 3  # micro-batches each worker holds ready
+
+
+T = TypeVar("T")
 
 
 class SampleKey(NamedTuple):
@@ -154,10 +157,13 @@ class _CropWindows(Dataset[MicroBatch]):
         bad: list[tuple[str, str]] = []
         try:
             for key, at_px, windows in zip(keys, corners_px, pixels, strict=True):
-                (crop, *second), name = self._crop(key, bad)
-                cut_windows(crop, at_px, windows)
-                tokenised += second
-                names.append(name)
+                crops, index = readable_sample(self.source, key, self.seed, bad, self._crops)
+                if self.plan.color_jitter:
+                    jitter = ColorJitter.draw(self.plan.color_jitter, seeded(self.seed, key.epoch, key.index, "colour"))
+                    crops = [jitter(crop) for crop in crops]
+                cut_windows(crops[0], at_px, windows)
+                tokenised += crops[1:]
+                names.append(self.source.name(index))
         except UserError as error:
             return error
         inputs = {"pixels": torch.from_numpy(pixels), **drawn}
@@ -165,36 +171,49 @@ class _CropWindows(Dataset[MicroBatch]):
             inputs["tokenised"] = torch.from_numpy(np.stack(tokenised))
         return MicroBatch(inputs, names, bad, keys[-1].slot == self.last_slot)
 
-    def _crop(self, key: SampleKey, bad: list[tuple[str, str]]) -> tuple[list[np.ndarray], str]:
-        """The crop (C, S, S) of a sample, after it the one for a tokenizer, and its file's name.
+    def _crops(self, image: Image, generator: torch.Generator) -> list[np.ndarray]:
+        """The crop (C, S, S) of an image, and after it the one for a tokenizer, if there is one; mirrored or not."""
+        plan = self.plan
+        box = random_resized_crop(image.height, image.width, plan.scale, generator=generator)
+        crops = [image.crop(box, (plan.size_px, plan.size_px), self.fmt)]
+        if plan.tokenised_px:
+            # Lanczos, as BEiT's tokenizer was given its images.
+            crops.append(image.crop(box, (plan.tokenised_px, plan.tokenised_px), self.fmt, lanczos=True))
+        mirrored = torch.rand(1, generator=generator).item() < 0.5
+        return [crop[:, :, ::-1] for crop in crops] if mirrored else crops
 
-        Files that cannot be read are added to `bad`.
-        """
-        index, plan = key.index, self.plan
-        for attempt in range(REPLACEMENTS + 1):
-            name = self.source.name(index)
-            try:
-                # Seeded anew for each attempt: what a bad file drew before it failed must not matter.
-                generator = seeded(self.seed, key.epoch, key.index, "crop")
-                image = read_image(self.source.read(index), name)
-                box = random_resized_crop(image.height, image.width, plan.scale, generator=generator)
-                crops = [image.crop(box, (plan.size_px, plan.size_px), self.fmt)]
-                if plan.tokenised_px:
-                    # Lanczos, as BEiT's tokenizer was given its images.
-                    crops.append(image.crop(box, (plan.tokenised_px, plan.tokenised_px), self.fmt, lanczos=True))
-            except (BadImageError, OSError) as error:
-                bad.append((name, reason_for(error)))
-                chooser = seeded(self.seed, key.epoch, key.index, "replacement", attempt)
-                index = int(torch.randint(len(self.source), (1,), generator=chooser))
-            else:
-                if torch.rand(1, generator=generator).item() < 0.5:
-                    crops = [crop[:, :, ::-1] for crop in crops]
-                if plan.color_jitter:
-                    jitter = ColorJitter.draw(plan.color_jitter, seeded(self.seed, key.epoch, key.index, "colour"))
-                    crops = [jitter(crop) for crop in crops]
-                return crops, name
-        name, reason = bad[-1]
-        raise UserError(f"{REPLACEMENTS + 1} files in a row cannot be read, the last {name}: {reason}")
+
+def readable_sample(
+    source: ImageSource,
+    key: SampleKey,
+    seed: int,
+    bad: list[tuple[str, str]],
+    made: Callable[[Image, torch.Generator], T],
+) -> tuple[T, int]:
+    """What is made of a sample's image, or of others in its place until one can be read; and that image's number.
+
+    Args:
+        source: the images.
+        key: the sample.
+        seed: of the run.
+        bad: (name, reason) of files that cannot be read are added to it.
+        made: of an image and the sample's own chance, a function of (seed, epoch, image); may raise BadImageError.
+
+    Raises:
+        UserError: one bad file after another.
+    """
+    index = key.index
+    for attempt in range(REPLACEMENTS + 1):
+        name = source.name(index)
+        try:
+            # Seeded anew for each attempt: what a bad file drew before it failed must not matter.
+            return made(read_image(source.read(index), name), seeded(seed, key.epoch, key.index, "crop")), index
+        except (BadImageError, OSError) as error:
+            bad.append((name, reason_for(error)))
+            chooser = seeded(seed, key.epoch, key.index, "replacement", attempt)
+            index = int(torch.randint(len(source), (1,), generator=chooser))
+    name, reason = bad[-1]
+    raise UserError(f"{REPLACEMENTS + 1} files in a row cannot be read, the last {name}: {reason}")
 
 
 def cut_windows(crop: np.ndarray, corners_px: np.ndarray, windows: np.ndarray) -> None:
@@ -227,7 +246,7 @@ def pretraining_batches(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of global batches first_batch up to total_batches, in order.
 
     Args:
@@ -307,7 +326,7 @@ def centre_crops(
     return loaded(_CentreCrops(source, fmt, size, share), batches, workers, pin_memory=False)
 
 
-def loaded(dataset: Dataset, batches: Iterable[list], workers: int, pin_memory: bool) -> Iterator:
+def loaded(dataset: Dataset, batches: Iterable[list], workers: int, pin_memory: bool) -> Generator[Any, None, None]:
     """What a data set makes of each list of samples, in order, in this process or in workers.
 
     Raises:

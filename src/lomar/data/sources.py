@@ -37,11 +37,12 @@ class ImageSource:
     It holds no open file and no cache, so it is cheap to hand to worker processes.
 
     Args:
-        root: the folder that relative paths start from.
+        root: the folder that relative paths start from; empty if there is none.
         paths: one path a file, relative to the root or absolute, as the file system spells it (os.fsencode).
     """
 
     def __init__(self, root: str, paths: Iterable[bytes]) -> None:
+        self.root = root
         self._root = os.fsencode(root)
         blob = bytearray()
         ends = [0]
@@ -82,7 +83,7 @@ class ImageSource:
 
     def subset(self, indices: Iterable[int]) -> "ImageSource":
         """A source of the given files in the given order."""
-        return ImageSource(os.fsdecode(self._root), (self.relative_path(int(index)) for index in indices))
+        return ImageSource(self.root, (self.relative_path(int(index)) for index in indices))
 
 
 def open_source(data: str, flag: str = "--data") -> ImageSource:

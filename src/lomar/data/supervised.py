@@ -4,7 +4,7 @@ The crop and the flip are ours, for any format; RandAugment, random erasing, mix
 depends on (seed, epoch, image) or, of mixing, on (seed, batch) alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,20 +17,20 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lomar.data.augment import LUMA, ColorJitter, random_resized_crop
-from lomar.data.decode import PixelFormat, read_image
+from lomar.data.augment import LUMA, ColorJitter, clamped_crop, random_resized_crop
+from lomar.data.decode import Image as DecodedImage
+from lomar.data.decode import PixelFormat
 from lomar.data.labels import Labelled
 from lomar.data.loader import (
-    REPLACEMENTS,
     MicroBatch,
     SampleKey,
     loaded,
     micro_batch_keys,
+    readable_sample,
     share_of_batch,
     stream,
 )
-from lomar.data.survey import reason_for
-from lomar.errors import BadImageError, UserError
+from lomar.errors import UserError
 from lomar.seeding import globally_seeded, seeded
 
 NO_POLICY = "none"
@@ -43,6 +43,8 @@ class Augmentation:
     Args:
         size_px: (height, width) of the crop.
         crop_scale: smallest and largest share of an image's area that a crop takes.
+        classes: their number.
+        clamped: whether a box that sticks out of the image is clamped, as for MAE's linear probe, or drawn again.
         policy: of timm (rand-..., augmix-..., v0), for 8-bit gray and colour; "none" for none.
         mean: of each channel, 0 to 1; what a policy fills with.
         color_jitter: strength of random brightness, contrast and saturation.
@@ -50,19 +52,19 @@ class Augmentation:
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none.
         smoothing: share of the target that all classes have in common.
-        classes: their number.
     """
 
     size_px: tuple[int, int]
     crop_scale: tuple[float, float]
-    policy: str
-    mean: tuple[float, ...]
-    color_jitter: float
-    erase: float
-    mixup: float
-    cutmix: float
-    smoothing: float
     classes: int
+    clamped: bool = False
+    policy: str = NO_POLICY
+    mean: tuple[float, ...] = ()
+    color_jitter: float = 0.0
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.0
 
     @property
     def mixes(self) -> bool:
@@ -118,7 +120,10 @@ class _Augmented(Dataset[MicroBatch]):
         bad: list[tuple[str, str]] = []
         try:
             for key in keys:
-                crop, index = self._crop(key, bad)
+                crop, index = readable_sample(self.labelled.source, key, self.seed, bad, self._crop)
+                if self.augmentation.color_jitter:
+                    colour = seeded(self.seed, key.epoch, key.index, "colour")
+                    crop = ColorJitter.draw(self.augmentation.color_jitter, colour)(crop)
                 # One stream of chance for both, after the crop's: a policy may draw any number of times.
                 with globally_seeded(self.seed, key.epoch, key.index, "augment"):
                     image = self.normalise(torch.from_numpy(_changed(crop, policy)))
@@ -142,28 +147,14 @@ class _Augmented(Dataset[MicroBatch]):
         mean = told.mean if len(told.mean) == 3 else told.mean * 3
         return policy_transform(told.policy, told.size_px, mean)
 
-    def _crop(self, key: SampleKey, bad: list[tuple[str, str]]) -> tuple[np.ndarray, int]:
-        """A random crop (C, H, W), mirrored or not, and its image's number; unreadable files are added to `bad`."""
-        index, told, source = key.index, self.augmentation, self.labelled.source
-        for attempt in range(REPLACEMENTS + 1):
-            name = source.name(index)
-            try:
-                generator = seeded(self.seed, key.epoch, key.index, "crop")
-                image = read_image(source.read(index), name)
-                box = random_resized_crop(image.height, image.width, told.crop_scale, generator=generator)
-                crop = image.crop(box, told.size_px, self.fmt)
-            except (BadImageError, OSError) as error:
-                bad.append((name, reason_for(error)))
-                chooser = seeded(self.seed, key.epoch, key.index, "replacement", attempt)
-                index = int(torch.randint(len(source), (1,), generator=chooser))
-            else:
-                if torch.rand(1, generator=generator).item() < 0.5:
-                    crop = crop[:, :, ::-1]
-                if told.color_jitter:
-                    crop = ColorJitter.draw(told.color_jitter, seeded(self.seed, key.epoch, key.index, "colour"))(crop)
-                return np.ascontiguousarray(crop), index
-        name, reason = bad[-1]
-        raise UserError(f"{REPLACEMENTS + 1} files in a row cannot be read, the last {name}: {reason}")
+    def _crop(self, image: DecodedImage, generator: torch.Generator) -> np.ndarray:
+        """A random crop (C, H, W), mirrored or not."""
+        told = self.augmentation
+        draw_box = clamped_crop if told.clamped else random_resized_crop
+        box = draw_box(image.height, image.width, told.crop_scale, generator=generator)
+        crop = image.crop(box, told.size_px, self.fmt)
+        mirrored = torch.rand(1, generator=generator).item() < 0.5
+        return np.ascontiguousarray(crop[:, :, ::-1] if mirrored else crop)
 
     def _mixed(self, images: Tensor, labels: Tensor, keys: list[SampleKey]) -> tuple[Tensor, Tensor]:
         """Images and soft targets (B, classes), mixed two and two with the share that the whole batch has.
@@ -210,7 +201,7 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of global batches first_batch up to total_batches, in order.
 
     Inputs are "images" (B, C, H, W) float32, "targets" (B, classes) of sum 1, and where `depth` is not 0 "paths"

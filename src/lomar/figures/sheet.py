@@ -216,7 +216,7 @@ def sheet(tiles: Sequence[Sequence[Image.Image]], groups: Sequence[Group], capti
         x += 2 * gap
     width = x - 3 * gap + margin
 
-    lines = _wrapped(caption, letters, width - 2 * margin)
+    lines = wrapped(caption, letters, width - 2 * margin)
     has_headings = any(group.heading for group in groups)
     top = margin + line_px * (2 if has_headings else 1) + (2 * gap if has_headings else 0)
     below = top + len(tiles) * (height + gap) + gap
@@ -264,7 +264,7 @@ def typeface(size_px: int, name: str = "DejaVuSans") -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", size_px)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
     """Lines of whole words no wider than the width, a longer word alone on its line; newlines are kept."""
     lines: list[str] = []
     for paragraph in text.splitlines():
