@@ -10,7 +10,6 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from lomar import load
-from lomar.data.augment import centre_share
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import centre_crops
 from lomar.data.sources import open_source
@@ -41,7 +40,7 @@ def test_accuracies_are_those_of_scikit_learn_on_the_encoders_features(
     assert (done.status, done.err) == (0, "")
     encoder = load(finished_run)
     source = open_source(str(photos))
-    pixels, _ = next(centre_crops(source, PixelFormat(3, "uint8"), 32, 0, share=centre_share((32, 32))))
+    pixels, _ = next(centre_crops(source, PixelFormat(3, "uint8"), 32, 0))
     mean, std = (torch.tensor(encoder.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     with torch.inference_mode():
         maps = encoder.forward_intermediates((pixels / 255 - mean) / std, norm=True, intermediates_only=True)

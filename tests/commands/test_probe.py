@@ -24,7 +24,7 @@ from lomar.commands.frozen import FrozenEncoder
 from lomar.commands.probe_cache import number_type
 from lomar.commands.probe_learning import MaeProbe, SweepProbe
 from lomar.commands.probe_settling import choose
-from lomar.data.augment import centre_share, clamped_crop
+from lomar.data.augment import clamped_crop
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import labelled_data
 from lomar.data.loader import centre_crops
@@ -107,7 +107,7 @@ def test_the_sweep_leaves_numbers_and_a_head_that_anyone_can_apply(
         head = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     val = labelled_data(str(photos), seed=0).val
     encoder = load(finished_run)
-    pixels, _ = next(centre_crops(val.source, PixelFormat(3, "uint8"), 32, 0, share=centre_share((32, 32))))
+    pixels, _ = next(centre_crops(val.source, PixelFormat(3, "uint8"), 32, 0))
     mean, std = (torch.tensor(encoder.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     with torch.inference_mode():
         layers = encoder.forward_intermediates(

@@ -107,6 +107,18 @@ def test_what_timm_can_hold_needs_no_lomar(changes: dict[str, Any], tmp_path: Pa
         assert torch.allclose(theirs.forward_features(images), ours.forward_features(images), atol=1e-5)
 
 
+@pytest.mark.parametrize("position", ["contextual", "sincos", "shared-bias", "block-bias"])
+def test_timm_makes_it_for_another_size_as_lomar_does(position: str, tmp_path: Path) -> None:
+    ours = encoder(position=position, key_bias=position == "block-bias")
+    assert write_hub_folder(tmp_path / "hub", ours, {}).needs_lomar
+    theirs = opened(tmp_path / "hub", img_size=(16, 36))
+    ours.set_input_size((16, 36))
+    images = images_for(ours)
+    with torch.inference_mode():
+        assert torch.allclose(theirs(images), ours(images), atol=1e-6)
+    assert theirs.pretrained_cfg["input_size"] == (5, 16, 36)
+
+
 def test_of_maes_vit_other_sizes_go_in(tmp_path: Path) -> None:
     """Nearly with the same result: the tables of positions are resized otherwise."""
     ours = encoder(position="sincos")

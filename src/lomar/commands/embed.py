@@ -11,7 +11,7 @@ from typing import Any
 
 from lomar import __version__
 from lomar.commands.frozen import FrozenEncoder, open_frozen, watched, weights_digest
-from lomar.data.augment import centre_crop, centre_share
+from lomar.data.augment import centre_crop
 from lomar.data.decode import read_image
 from lomar.data.sources import ImageSource, open_source
 from lomar.data.survey import reason_for, spread
@@ -112,7 +112,7 @@ def _unreadable(source: ImageSource, index: int, encoder: FrozenEncoder) -> str:
     size = encoder.input.size
     try:
         image = read_image(source.read(index), source.name(index))
-        image.crop(centre_crop(image.height, image.width, size, centre_share(size)), size, encoder.fmt)
+        image.crop(centre_crop(image.height, image.width, size, encoder.input.crop_pct), size, encoder.fmt)
     except (BadImageError, OSError) as error:
         return reason_for(error)
     return ""
@@ -143,7 +143,7 @@ def _plan(options: EmbedOptions, encoder: FrozenEncoder, source: ImageSource, ba
         "features": options.features,
         "layer": options.layer or count,
         "image_size": taken.size,
-        "crop": centre_share(taken.size),
+        "crop": taken.crop_pct,
         "channels": taken.channels,
         "scale": taken.scale,
         "mean": taken.mean,

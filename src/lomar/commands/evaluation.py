@@ -20,6 +20,7 @@ from lomar.figures.curves import learning_curves
 from lomar.figures.png import save_png
 from lomar.figures.reconstruction import figure7
 from lomar.methods.reconstruction import MaskedReconstruction
+from lomar.model.encoder import crop_pct
 from lomar.options import PretrainOptions
 from lomar.training.records import Metrics, Row
 
@@ -130,7 +131,8 @@ class Evaluation:
         if batches is None:
             # Whole images go through the encoder here, so that large ones go a few at a time.
             at_once = max(1, TOKENS_AT_ONCE // (size_px // self.options.patch_size) ** 2)
-            fresh = centre_crops(source, self.fmt, size_px, self.options.workers, batch_size=min(64, at_once))
+            share = crop_pct((size_px, size_px))
+            fresh = centre_crops(source, self.fmt, size_px, self.options.workers, min(64, at_once), share)
             item_bytes = self.fmt.channels * size_px**2 * torch.empty(0, dtype=getattr(torch, self.fmt.dtype)).itemsize
             if len(source) * item_bytes > CACHED_BYTES:
                 return fresh

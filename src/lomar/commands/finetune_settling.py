@@ -23,6 +23,7 @@ from lomar.errors import UserError
 from lomar.interop.models import SCRATCH, Input, check_size, input_of, scratch, size_given
 from lomar.interop.weights import describe, load
 from lomar.model import Encoder
+from lomar.model.encoder import crop_pct
 from lomar.options import FinetuneOptions, fields_of, flag
 from lomar.training.loop import process_count
 from lomar.training.memory import saved_bytes
@@ -63,7 +64,8 @@ class SettledFinetuning:
     @property
     def input(self) -> Input:
         """What the classifier takes."""
-        return Input(self.options.channels, self.fmt.scale, self.options.mean, self.options.std, self.size)
+        o, size = self.options, self.size
+        return Input(o.channels, self.fmt.scale, o.mean, o.std, size, crop_pct(size))
 
     @property
     def augmentation(self) -> Augmentation:

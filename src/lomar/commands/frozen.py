@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from lomar.commands.automatic import Hardware, find_hardware
-from lomar.data.augment import centre_share
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import centre_crops
 from lomar.data.sources import ImageSource
@@ -72,7 +71,7 @@ class FrozenEncoder:
         See `features_in_batches`. To be asked for within `autocast`, and closed: the loading processes end then.
         """
         size = self.input.size
-        crops = centre_crops(source, self.fmt, size, self.workers, batch_size, centre_share(size), first)
+        crops = centre_crops(source, self.fmt, size, self.workers, batch_size, self.input.crop_pct, first)
         return features_in_batches(self.model, wanted, crops, self.input.normalise, self.device)
 
     def shapes(self, wanted: Sequence[Wanted]) -> list[tuple[int, ...]]:

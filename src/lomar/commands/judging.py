@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lomar.commands.automatic import Hardware, find_hardware
-from lomar.data.augment import centre_share
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import Labelled
 from lomar.data.loader import centre_crops
@@ -22,6 +22,7 @@ from lomar.files import write_atomically
 from lomar.interop.models import Input, check_size, input_of, size_given
 from lomar.interop.weights import load
 from lomar.model import Encoder
+from lomar.model.encoder import crop_pct
 
 EVALUATION_FILE = "evaluation.json"
 CONFUSION_FILE = "confusion.png"
@@ -46,7 +47,7 @@ class Session:
         takes = input_of(self.classifier)
         size = size_given(image_size) if image_size else takes.size
         check_size(self.classifier, size)
-        self.input = Input(takes.channels, takes.scale, takes.mean, takes.std, size)
+        self.input = replace(takes, size=size, crop_pct=takes.crop_pct if size == takes.size else crop_pct(size))
         hardware = find_hardware(device, 1)
         self.device = torch.device(hardware.device)
         self.bf16 = precision == "bf16" or (precision == "auto" and hardware.bf16)
@@ -81,7 +82,7 @@ def default_workers(hardware: Hardware) -> int:
 def crops_for(source: ImageSource, takes: Input, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Central crops as evaluation looks at them."""
     fmt = PixelFormat(takes.channels, takes.pixel_type)
-    return centre_crops(source, fmt, takes.size, workers, batch_size, share=centre_share(takes.size))
+    return centre_crops(source, fmt, takes.size, workers, batch_size, share=takes.crop_pct)
 
 
 def judged(

@@ -108,14 +108,6 @@ def centre_crop(height: int, width: int, shape: tuple[int, int] = (1, 1), share:
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def centre_share(size: tuple[int, int]) -> float:
-    """How much of an image's shorter side evaluation looks at: 0.875 up to 224 pixels, all of it above.
-
-    Source: the released fine-tuning code of MAE and LoMaR.
-    """
-    return CENTRE_SHARE if max(size) <= 224 else 1.0
-
-
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision has it
 
 

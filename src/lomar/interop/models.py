@@ -26,6 +26,7 @@ SCRATCH = "scratch:"
 LOCAL_DIR = "local-dir:"
 _HUB_SCHEMES = ("hf-hub:", "hf_hub:")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CENTRE_CROP = 0.875  # of models that do not tell
 SCRATCH_IMAGE, SCRATCH_PATCH = 224, 16
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as repositories of timm's models call them
 _PATIENCE_S = 5.0  # for the hub to answer; left alone, its client asks for a minute before it gives up
@@ -41,6 +42,7 @@ class Input:
         mean: of each channel, after that.
         std: standard deviation of each channel.
         size: (height, width) in pixels.
+        crop_pct: share of an image's shorter side that evaluation looks at.
     """
 
     channels: int
@@ -48,6 +50,7 @@ class Input:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: tuple[int, int]
+    crop_pct: float
 
     @property
     def pixel_type(self) -> str:
@@ -87,7 +90,7 @@ def open_model(name: str, image_size: tuple[int, ...] | None = None, flag: str =
     if size is not None and size != found.size:
         check_size(model, size)
         model = _resized(model, name, flag, size)
-        found = replace(found, size=size)
+        found = replace(input_of(model), size=size)
     return Opened(model.eval(), found)
 
 
@@ -96,7 +99,8 @@ def input_of(model: nn.Module) -> Input:
     config: Any = model.pretrained_cfg or {}
     channels, height, width = config.get("input_size", (3, 224, 224))
     mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
-    return Input(channels, float(config.get("scale", 255.0)), tuple(mean), tuple(std), (height, width))
+    crop = config.get("crop_pct") or CENTRE_CROP
+    return Input(channels, float(config.get("scale", 255.0)), tuple(mean), tuple(std), (height, width), crop)
 
 
 def size_given(image_size: tuple[int, ...], flag: str = "--image-size") -> tuple[int, int]:

@@ -18,6 +18,7 @@ from lomar.interop.official import is_torch_file, read_official
 from lomar.methods.composition import Composition
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.model import Encoder
+from lomar.model.encoder import crop_pct
 
 ENCODER_FILE = "encoder.safetensors"
 RECONSTRUCTOR_FILE = "reconstructor.safetensors"
@@ -166,7 +167,7 @@ def describe(
         "std": tuple(std),
         "scale": scale,
         "interpolation": "bicubic",
-        "crop_pct": 0.875,
+        "crop_pct": crop_pct(encoder.patch_embed.img_size),
         "num_classes": encoder.num_classes,
         "first_conv": "patch_embed.proj",
         "classifier": "head",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lomar.model.attention import Relation
 from lomar.model.initialisation import INITIALISATIONS
-from lomar.model.positions import Grid, grid_coordinates
+from lomar.model.positions import Grid, grid_coordinates, resize_absolute
 from lomar.model.transformer import NORM_EPS, Transformer
 
 # name -> width, depth, heads. Base, large, huge: MAE and LoMaR; tiny and small: DeiT.
@@ -42,6 +42,17 @@ def size_of(model: str) -> tuple[int, int, int]:
     if width % heads:
         raise ValueError(f"{model!r}: a width of {width} is not a multiple of {heads} heads")
     return width, depth, heads
+
+
+def crop_pct(size: tuple[int, int]) -> float:
+    """How much of an image's shorter side evaluation looks at: 0.875 up to 224 pixels, all of it above.
+
+    Args:
+        size: (height, width) of what the encoder gets, in pixels.
+
+    Source: the released fine-tuning code of MAE and LoMaR. The name is timm's, in a model's `pretrained_cfg`.
+    """
+    return 0.875 if max(size) <= 224 else 1.0
 
 
 class Encoder(Transformer):
@@ -286,6 +297,14 @@ class Encoder(Transformer):
         self.patch_embed.set_input_size(img_size)
         self.set_grid(self.patch_embed.grid_size)
         self.architecture |= {"img_size": img_size, "bias_grid": self.grid}
+        self.tell_size()
+
+    def tell_size(self) -> None:
+        """Let `pretrained_cfg`, which timm's transforms are made from, say the default input size."""
+        if self.pretrained_cfg is not None:
+            size = self.patch_embed.img_size
+            channels = self.architecture["in_chans"]
+            self.pretrained_cfg |= {"input_size": (channels, *size), "crop_pct": crop_pct(size)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass: less memory, about a third more time."""
@@ -341,15 +360,31 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _fitted(state: dict[str, Tensor], model: Encoder) -> dict[str, Tensor]:
+    """Pretrained weights for a model that was asked for another image size: absolute positions are resized to it."""
+    table = state.get("pos_embed")
+    if table is None or model.pos_embed is None or table.shape == model.pos_embed.shape:
+        return state
+    assert model.pretrained_cfg is not None  # timm has set it
+    patch = model.architecture["patch_size"]
+    height, width = (side // patch for side in model.pretrained_cfg["input_size"][1:])
+    return state | {"pos_embed": resize_absolute(table, (height, width), model.grid)}
+
+
 def _entry_point(name: str, shape: dict[str, int]) -> Callable[..., Encoder]:
     def create(pretrained: bool = False, **kwargs: Any) -> Encoder:
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             Encoder,
             name,
             pretrained,
+            pretrained_filter_fn=_fitted,
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
             **(shape | kwargs),
         )
+        config = model.pretrained_cfg or {}
+        if isinstance(model, Encoder) and model.patch_embed.img_size != tuple(config["input_size"][1:]):
+            model.tell_size()  # it was made for another size than its weights, or than timm's default
+        return model
 
     create.__name__ = create.__qualname__ = name
     values = ", ".join(f"{argument} {value}" for argument, value in shape.items())
