@@ -2,7 +2,10 @@
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,12 +268,13 @@ BAD = [
     ("--patch-size 16", "--patch-size is 16, which"),
     ("--freeze-layers 4", "--freeze-layers is 4; the encoder has 3"),
     ("--auto-augment nonsense", "--auto-augment: timm knows no augmentation 'nonsense'"),
+    ("--auto-augment rand-m9-foo", "timm knows no augmentation 'rand-m9-foo': 'foo' is no letter with a number"),
     ("--crop-scale 0.9 0.1", "--crop-scale is 0.9 0.1; the smaller share comes first"),
     ("--batch-size 5", "--batch-size 5 cannot be mixed two and two in 1 process; 4 can, or give --mixup 0 --cutmix 0"),
     ("--micro-batch 3", "--micro-batch 3 is odd; images are mixed two and two"),
     ("--mean 0.5", "--mean has 1 numbers; the images have 3 channels"),
     ("--model nowhere", "there is no run or file"),
-    ("--model vit_tiny_patch16_224", "no run or file"),
+    ("--model vit_tiny_patch16_224", "is a model of timm; fine-tuning is for encoders of lomar"),
     ("--model scratch:giant", "--model scratch:giant: 'giant' is no size"),
     ("--model scratch:resnet18", "--model scratch:resnet18 is a model of timm; scratch: takes a size of lomar here"),
     ("--data sample", "the images have no labels"),
@@ -337,6 +341,102 @@ def test_a_resumed_run_keeps_its_results_images_and_classes(
     assert "holds no run to resume" in refused(lomar("finetune --resume --out", tmp_path / "nothing"))
 
 
+def test_a_run_of_pretraining_is_neither_overwritten_nor_resumed(
+    finetune: Command, lomar: Command, finished_run: Path, tmp_path: Path
+) -> None:
+    before = {file: file.read_bytes() for file in finished_run.rglob("*") if file.is_file()}
+    other = f"--out {finished_run} holds a run of `lomar pretrain`; give another folder"
+    assert refused(finetune(finished_run, "--overwrite")) == other
+    assert refused(lomar("finetune --resume --out", finished_run)) == other
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / "encoder.safetensors").write_bytes((finished_run / "encoder.safetensors").read_bytes())
+    message = refused(finetune(beside, "--model", beside / "encoder.safetensors"))
+    assert message == f"--out {beside} is the folder of --model; give another folder"
+    assert {file: file.read_bytes() for file in finished_run.rglob("*") if file.is_file()} == before
+
+
+def test_before_the_first_evaluation_the_classifier_is_the_last_one(
+    finetune: Command, interrupted_at: Callable[[int], None], tmp_path: Path
+) -> None:
+    interrupted_at(3)
+    finetune(tmp_path / "run", "--max-steps 12 --eval-every 3 --checkpoint-steps 2")
+    best, last = (package.load(tmp_path / "run" / f"classifier{part}.safetensors") for part in ("", "-last"))
+    assert torch.equal(best.head.weight, last.head.weight) and best.head.weight.std() > 1e-4
+
+
+def test_a_finished_run_that_was_not_judged_is_judged_on_resuming(
+    finetune: Command, lomar: Command, tmp_path: Path
+) -> None:
+    assert finetune(tmp_path / "run", "--max-steps 2").status == 0
+    told = (tmp_path / "run" / "evaluation.json").read_text()
+    (tmp_path / "run" / "evaluation.json").unlink()
+    assert lomar("finetune --resume --out", tmp_path / "run").status == 0
+    assert (tmp_path / "run" / "evaluation.json").read_text() == told
+
+
+def test_where_nothing_that_judges_can_be_read_nothing_is_begun(
+    finetune: Command, labelled: Path, tmp_path: Path
+) -> None:
+    for label in ("red", "blue"):
+        (tmp_path / "val" / label).mkdir(parents=True)
+        (tmp_path / "val" / label / "1.png").write_bytes(b"no image")
+    assert "--val: none of 2 files can be read" in refused(finetune(tmp_path / "run", "--val", tmp_path / "val"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_may_name_random_weights_and_the_folder(
+    labelled: Path, miniature: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = {"model": "scratch:16x2x2", "data": str(labelled), "out": "run", "image_size": 32, "patch_size": 8}
+    Path("c.yaml").write_text("".join(f"{n}: {v}\n" for n, v in (told | {"max_steps": 1, "workers": 0}).items()))
+    assert package.finetune(config="c.yaml") == Path("run")
+    assert package.finetune(config="c.yaml", out="again") == Path("again")
+
+
+def test_what_learnt_from_a_folder_is_judged_by_what_it_had_kept_apart(
+    finetune: Command, lomar: Command, labelled: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert finetune(run, "--max-steps 1 --data", labelled / "train").status == 0
+    done = lomar("evaluate --model", run, "--data", labelled / "train", "--workers 0")
+    assert "(4 images)" in done.out and "by the fifth of each class that fine-tuning had kept apart" in done.out
+    assert "(8 images)" in lomar("evaluate --model", run, "--data", labelled, "--workers 0").out
+
+
+def test_an_earlier_table_outlives_a_failed_prediction(
+    lomar: Command, tuned: Path, labelled: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"x")
+    (tmp_path / "p.csv").write_text("precious")
+    refused(lomar("predict --model", tuned, "--images", tmp_path / "bad", "--out", tmp_path / "p.csv"))
+    assert (tmp_path / "p.csv").read_text() == "precious"
+    (tmp_path / "folder.csv").mkdir()
+    words = ("predict --model", tuned, "--images", labelled, "--out", tmp_path / "folder.csv")
+    assert refused(lomar(*words)) == f"--out {tmp_path / 'folder.csv'} is a folder; it must be a .csv file"
+
+
+def test_an_average_that_is_still_at_its_beginning_is_warned_of(finetune: Command, tmp_path: Path) -> None:
+    done = finetune(tmp_path / "run", "--max-steps 10 --ema 0.99")
+    assert "warning: --ema 0.99 leaves 90% of the first weights in the average after 10 steps; 0.7 or none" in done.out
+
+
+def test_after_an_error_with_workers_the_process_ends(tuned: Path, labelled: Path, tmp_path: Path) -> None:
+    """They pass over the one SIGTERM that multiprocessing sends before it waits for them."""
+    code = f"""
+from lomar.cli import main
+from lomar.model import Encoder
+def forward(self, images):
+    raise RuntimeError("out of memory")
+Encoder.forward = forward
+main(["evaluate", "--model", {str(tuned)!r}, "--data", {str(labelled)!r}, "--workers", "1", "--batch-size", "2"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "out of memory" in done.stderr
+
+
 CPU = Hardware("cpu", "CPU", 2**34, 2, True)
 GPU = Hardware("cuda", "GPU", 2**36, 16, True)
 BASE = Start(width=768, depth=12, scratch=False, beit=False, eight_bit=True)
@@ -395,6 +495,20 @@ def test_choices_scale_with_the_data_and_say_why() -> None:
     slow = choose_finetuning({}, 9_469, BASE, CPU)
     assert slow["epochs"].value < 10 and slow["mixup"].value == 0 and "only slows learning" in slow["mixup"].reason
     assert all(choice.value % 2 == 0 for choice in (few["batch_size"], many["batch_size"], slow["batch_size"]))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 6, 8])
+def test_the_batch_that_is_chosen_can_be_mixed_by_all_processes(processes: int) -> None:
+    for count in (20, 9469, 10**6):
+        for hardware in (CPU, GPU):
+            batch = choose_finetuning({}, count, BASE, hardware, processes)["batch_size"].value
+            assert batch % (2 * processes) == 0 and batch > 0
+
+
+def test_random_weights_have_rates_of_their_own_in_short_runs() -> None:
+    chosen = choose_finetuning({"epochs": 5}, 9469, replace(BASE, scratch=True), CPU)
+    assert chosen["base_lr"].value * chosen["batch_size"].value / 256 == pytest.approx(5e-4)
+    assert chosen["weight_decay"].value == 0.05 and chosen["layer_decay"].value == 1
 
 
 def test_beits_shared_bias_is_fine_tuned_block_by_block(

@@ -45,6 +45,18 @@ def test_train_and_val_have_labels_by_name(tmp_path: Path, judging: str) -> None
     assert data.train.labels.dtype == data.val.labels.dtype == np.int64
 
 
+@pytest.mark.parametrize("names", [("Train", "Val"), ("training", "Validation"), ("TRAIN", "Testing")])
+def test_the_parts_may_be_written_in_any_case(tmp_path: Path, names: tuple[str, str]) -> None:
+    touch(tmp_path, *(f"{part}/{c}/1.jpg" for part in names for c in "ab"))
+    data = labelled_data(str(tmp_path), seed=0)
+    assert data.classes == ["a", "b"] and not data.drawn and len(data.train) == len(data.val) == 2
+
+
+def test_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
+    touch(tmp_path, "Val/a/1.jpg", "test/a/1.jpg")
+    assert refused(str(tmp_path)) == f"--data {tmp_path}: Val and test are no classes; beside them there must be train/"
+
+
 def test_val_is_preferred_to_test(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{part}/{c}/{part}.jpg" for part in ("train", "val", "test") for c in "ab"))
     assert all("/val/" in name for name in names_in(labelled_data(str(tmp_path), seed=0).val))
@@ -113,6 +125,14 @@ def test_a_header_names_and_orders_the_columns(tmp_path: Path) -> None:
     data = labelled_data(path, seed=0)
     assert names_in(data.train) == [str(tmp_path / "1.jpg"), str(tmp_path / "3.jpg")]
     assert (data.train.labels.tolist(), data.val.labels.tolist(), data.drawn) == ([1, 0], [0], False)
+
+
+@pytest.mark.parametrize("header", ["image,class", "Filename,Target", "label_name,file_name"])
+def test_a_header_may_have_the_usual_names(tmp_path: Path, header: str) -> None:
+    rows = [("1.jpg", "a"), ("2.jpg", "a"), ("3.jpg", "b"), ("4.jpg", "b")]
+    turned = -1 if header.startswith("label") else 1
+    data = labelled_data(table(tmp_path / "t.csv", header, *(",".join(row[::turned]) for row in rows)), seed=0)
+    assert data.classes == ["a", "b"] and all(name.endswith(".jpg") for name in names_in(data.train))
 
 
 def test_a_third_column_says_what_judges(tmp_path: Path) -> None:
@@ -216,8 +236,11 @@ def test_a_classifier_is_not_asked_about_classes_it_does_not_know(tmp_path: Path
         (["1.jpg,a", "1.jpg,b"], " line 2: 1.jpg stands on line 1 already, as 'a' and not 'b'"),
         (
             ["1.jpg,a,dev"],
-            " line 1: split is 'dev'; it can be train, val, valid, validation, test",
+            " line 1: split is 'dev'; it can be train, training, val, valid, validation, test, testing",
         ),
+        (["image_no,kind", "1.jpg,a"], " line 1: 'image_no' is no image; a header names path and label"),
+        (["./1.jpg,a", "x/../1.jpg,b"], " line 2: 1.jpg stands on line 1 already, as 'a' and not 'b'"),
+        (["1.jpg,a", "2\0.jpg,b"], " line 2: a zero byte; a table must be UTF-8 text"),
         (["path,label"], ": the table names no image; it has a line path,label for each"),
         (["", "  "], ": the table names no image; it has a line path,label for each"),
         (["1.jpg,a,val", "2.jpg,b,val"], ": split leaves no image to train on"),

@@ -87,6 +87,7 @@ def test_tables_are_resized_to_a_rectangle_and_contextual_position_needs_nothing
     sines, table = encoder("sincos"), encoder("sincos").pos_embed
     classifier, notes = classifier_of(sines, CLASSES, size=(40, 24))
     assert notes[0] == "tables of positions were resized from 4x4 to 5x3 patches"
+    assert classifier_of(sines, CLASSES, size=(40, 24))[1] == notes and sines.grid == (4, 4)  # it is left as it was
     assert table is not None and classifier.pos_embed is not None and classifier.pos_embed.requires_grad
     torch.testing.assert_close(classifier.pos_embed.detach(), resize_absolute(table, (4, 4), (5, 3)))
     biased = encoder("block-bias", **BEIT)

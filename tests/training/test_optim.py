@@ -108,6 +108,16 @@ def test_the_rates_of_fine_tuning_fall_from_layer_to_layer_as_in_the_released_co
     assert round(named["cls_token"][0], 6) == 0.003697 and round(named["blocks.0.norm1.weight"][0], 6) == 0.005688
 
 
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_whatever_follows_the_blocks_has_the_full_rate(pool: str) -> None:
+    """SPEC A.10: stem, blocks, everything else; the last norm is none of the last block's."""
+    encoder = Encoder(32, 8, num_classes=3, embed_dim=16, depth=3, num_heads=2, global_pool=pool)
+    optimizer = layerwise_adamw(encoder, 0.05, (0.9, 0.999), 0.5)
+    scale_of = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    after = [n for n, _ in encoder.named_parameters() if not n.startswith(("blocks", "patch_embed", "cls_token"))]
+    assert len(after) == 4 and all(scale_of[id(encoder.get_parameter(name))] == 1.0 for name in after)
+
+
 def test_what_is_frozen_is_in_no_group() -> None:
     encoder = Encoder(32, 8, num_classes=3, embed_dim=16, depth=3, num_heads=2)
     for parameter in encoder.blocks[0].parameters():

@@ -20,10 +20,9 @@ from lomar.data.supervised import training_batches
 from lomar.downstream.classify import Classification
 from lomar.errors import UserError
 from lomar.figures.curves import learning_curves
-from lomar.interop.models import SCRATCH
 from lomar.interop.weights import CLASSIFIER_FILE, load, save_classifier
 from lomar.model import Encoder
-from lomar.options import FinetuneOptions, convert, fields_of, suggestion
+from lomar.options import FinetuneOptions, converted
 from lomar.training.loop import Course, StopRequest, Trainer
 from lomar.training.optim import Schedule, layerwise_adamw
 from lomar.training.records import Display, Metrics, Row, close_log
@@ -57,24 +56,18 @@ def finetune(**options: Any) -> Path:
         UserError: an option is unknown, wrong or does not fit the others, or the images cannot be used.
         TrainingError: the loss is not finite, twice.
     """
-    known = fields_of(FinetuneOptions)
-    for name in options:
-        if name not in known:
-            raise UserError(f"there is no option {name!r}{suggestion(name, list(known))}")
-    status = command({name: convert(FinetuneOptions, name, value) for name, value in options.items()})
+    given = converted(FinetuneOptions, options)
+    status = command(given)
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     if status:
         raise SystemExit(status)
-    return Path(options["out"])
+    return Path(_asked_for(given)["out"])
 
 
 def command(given: Mapping[str, Any]) -> int:
     """Run `lomar finetune` with the options that were given; returns the exit status."""
-    paths = ("data", "val") if str(given.get("model", "")).startswith(SCRATCH) else ("data", "val", "model")
-    asked = asked_for(given, FinetuneOptions, paths)
-    if "out" not in asked:
-        raise UserError("--out is missing: the folder in which to make the run")
+    asked = _asked_for(given)
     run = Path(asked["out"])
     resume = bool(asked.get("resume"))
     settled = (settle_again if resume else settle)(asked, run)
@@ -92,6 +85,13 @@ def command(given: Mapping[str, Any]) -> int:
         return status
     finally:
         close_log()
+
+
+def _asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
+    asked = asked_for(given, FinetuneOptions, ("data", "val", "model"))
+    if "out" not in asked:
+        raise UserError("--out is missing: the folder in which to make the run")
+    return asked
 
 
 def _train(
@@ -126,13 +126,15 @@ def _train(
 
     def export() -> None:
         save_classifier(run / LAST_FILE, shown, settled.data.classes)
-        if not (run / CLASSIFIER_FILE).exists():  # so that there is one before the first evaluation
+        if evaluation.best_top1 is None:
             save_classifier(run / CLASSIFIER_FILE, shown, settled.data.classes)
 
     trainer = Trainer(fabric, method, optimizer, course, batches, run, display, export, evaluation, average)
     trainer.restore()
     if trainer.finished:
         display.say(f"the run in {run} is finished: {trainer.progress.step} steps")
+        if fabric.is_global_zero and not (run / EVALUATION_FILE).exists():  # it was killed before it could say so
+            _conclude(run, settled, evaluation, display)
         return 0
     if trainer.progress.step == 0:
         trainer.save()  # from here on the run can be loaded and resumed
@@ -180,11 +182,16 @@ class Evaluation:
             self.display.say("no image that judges can be read")
             return {}
         numbers = {name: round(value, 6) for name, value in numbers_of(found).items()}
-        before = [row["top1"] for row in Metrics.read(self.run / "metrics.jsonl") if row.get("top1") is not None]
-        if found.top1 > max(before, default=-1.0):
+        if self.best_top1 is None or numbers["top1"] > self.best_top1:
             save_classifier(self.run / CLASSIFIER_FILE, self.classifier, self.settled.data.classes)
         self.display.say(f"step {step}: {summary(found, self.settled.data.classes)[0]}")
         return numbers
+
+    @property
+    def best_top1(self) -> float | None:
+        """The highest accuracy of the run so far, as its metrics have it; None before the first evaluation."""
+        rows = Metrics.read(self.run / "metrics.jsonl")
+        return max((row["top1"] for row in rows if row.get("top1") is not None), default=None)
 
     def judge(self, classifier: nn.Module) -> Any:
         """How a classifier on the device does on the images that judge."""

@@ -14,7 +14,8 @@ from lomar.model import SIZES
 
 PAPER_BATCH = 1024
 LONG_EPOCHS = 50  # from which the paper's augmentation pays
-SHORT_RUN_LR = 1e-3  # of an optimiser step; the rates below were tried in docs/results.md
+# Of an optimiser step, from a pretrained encoder and from random weights; docs/results.md has what was tried.
+SHORT_RUN_LR, SHORT_SCRATCH_LR = 1e-3, 5e-4
 SHORT_LAYER_DECAY = 0.8
 EMA_STEPS = 30_000  # from which 0.9999 averages less than a third of the run
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -38,7 +39,9 @@ class Start:
     eight_bit: bool
 
 
-def choose_finetuning(given: Mapping[str, Any], count: int, start: Start, hw: Hardware) -> dict[str, Choice]:
+def choose_finetuning(
+    given: Mapping[str, Any], count: int, start: Start, hw: Hardware, processes: int = 1
+) -> dict[str, Choice]:
     """Name -> choice for each automatic option that is not in `given`.
 
     Args:
@@ -46,6 +49,7 @@ def choose_finetuning(given: Mapping[str, Any], count: int, start: Start, hw: Ha
         count: images to train on.
         start: what it begins with.
         hw: where it computes.
+        processes: that share a batch.
     """
     gpu = hw.device == "cuda"
     large = start.width >= SIZES["large"][0]
@@ -60,7 +64,7 @@ def choose_finetuning(given: Mapping[str, Any], count: int, start: Start, hw: Ha
 
     settle("device", hw.device, hw.name)
     settle("precision", "bf16" if hw.bf16 else "fp32", "fast here" if hw.bf16 else "this hardware is slow in bfloat16")
-    batch = settle("batch_size", *_batch_size(count, gpu))
+    batch = settle("batch_size", *_batch_size(count, gpu, processes))
     if "max_steps" in given:
         choices["epochs"] = Choice(None, "--max-steps is given")
         epochs = given["max_steps"] * batch / count
@@ -74,7 +78,8 @@ def choose_finetuning(given: Mapping[str, Any], count: int, start: Start, hw: Ha
     settle("warmup_epochs", round(share * epochs, 3), f"{share:.3g} of the run, {whose}")
     settle("base_lr", *_base_lr(batch, large, start, long))
     settle("layer_decay", *_layer_decay(large, start.scratch, long))
-    settle("weight_decay", 0.3 if start.scratch else 0.05, "MAE's from scratch" if start.scratch else "the paper's")
+    decays = start.scratch and long
+    settle("weight_decay", 0.3 if decays else 0.05, "MAE's from scratch" if decays else "the paper's")
     settle("betas", (0.9, 0.95) if start.scratch else (0.9, 0.999), whose)
     drop = 0.3 if huge else 0.2 if large else 0.1
     settle("drop_path", drop if long else 0.0, "MAE's for this size" if long else short)
@@ -92,12 +97,14 @@ def choose_finetuning(given: Mapping[str, Any], count: int, start: Start, hw: Ha
     return choices
 
 
-def _batch_size(count: int, gpu: bool) -> tuple[int, str]:
-    """A power of two, about 40 steps an epoch on a GPU, within bounds."""
+def _batch_size(count: int, gpu: bool, processes: int) -> tuple[int, str]:
+    """A power of two, about 40 steps an epoch on a GPU, within bounds; each process mixes its images two and two."""
     least, most, steps = (32, PAPER_BATCH, 40) if gpu else (16, 32, 150)
     size = min(most, max(least, 2 ** round(math.log2(max(1, count / steps)))))
     paper = "the paper's" if gpu else "small batches learn more in a short run"
-    return size, paper if size == most else f"{count} images"
+    why = paper if size == most else f"{count} images"
+    unit = 2 * processes
+    return (size, why) if size % unit == 0 else (max(unit, size // unit * unit), f"{why}, {processes} processes")
 
 
 def _epochs(count: int, gpu: bool, large: bool, scratch: bool) -> tuple[float, str]:
@@ -117,9 +124,10 @@ def _epochs(count: int, gpu: bool, large: bool, scratch: bool) -> tuple[float, s
 
 def _base_lr(batch: int, large: bool, start: Start, long: bool) -> tuple[float, str]:
     """The paper's rate is for batches of 1024; Adam's grows with the root of the batch, not with the batch."""
-    if not long and not start.scratch:
-        rate = SHORT_RUN_LR * 256 / batch
-        return float(f"{rate:.3g}"), f"{SHORT_RUN_LR:.1e} a step: the paper's is for long runs"
+    if not long:
+        a_step = SHORT_SCRATCH_LR if start.scratch else SHORT_RUN_LR
+        whose = "MAE's from scratch" if start.scratch else "the paper's"
+        return float(f"{a_step * 256 / batch:.3g}"), f"{a_step:.1e} a step: {whose} is for long runs"
     if start.scratch:
         paper, of_batch = 1e-4, 4096
     elif start.beit or large:

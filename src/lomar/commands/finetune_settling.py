@@ -12,10 +12,10 @@ import torch
 
 from lomar.commands.automatic import Choice, Hardware, find_hardware, image_and_patch
 from lomar.commands.finetune_automatic import Start, choose_finetuning
-from lomar.commands.runs import check_new, fitting_micro_batch, notes_on, stored
+from lomar.commands.runs import check_kind, check_new, fitting_micro_batch, notes_on, stored
 from lomar.commands.settling import check_per_channel
 from lomar.data.decode import PixelFormat
-from lomar.data.labels import LabelledData, labelled_data
+from lomar.data.labels import SPLIT_SEED, LabelledData, labelled_data
 from lomar.data.supervised import NO_POLICY, Augmentation, policy_transform
 from lomar.data.survey import Survey, channel_statistics, survey
 from lomar.downstream.classify import Classification, classifier_of, freeze
@@ -29,7 +29,7 @@ from lomar.training.loop import process_count
 from lomar.training.memory import saved_bytes
 
 LAST_FILE = "classifier-last.safetensors"  # beside the best one
-SPLIT_SEED = 0  # of what judges, where the data does not say: other seeds are judged on the same images
+EMA_LEFT = 0.05  # share of the first weights in the average, worth a warning
 IMBALANCE = 10  # times more images in the largest class than in the smallest, worth a warning
 
 
@@ -117,6 +117,9 @@ def settle(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
         if name not in asked:
             raise UserError(f"{flag(name)} is missing: {what}")
     check_new(run, asked)
+    check_kind(run, FinetuneOptions)
+    if run.resolve() in (Path(asked["model"]).resolve(), Path(asked["model"]).resolve().parent):
+        raise UserError(f"--out {run} is the folder of --model; give another folder")
     hardware = find_hardware(asked.get("device", "auto"), process_count())
     data = labelled_data(asked["data"], SPLIT_SEED, asked.get("val"))
     from_scratch = asked["model"].startswith(SCRATCH)
@@ -128,6 +131,7 @@ def settle(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
     channels = input_of(loaded).channels if loaded else asked.get("channels")
     share = asked.get("max_bad_share", fields_of(FinetuneOptions)["max_bad_share"].default)
     found = survey(data.train.source, max_bad_share=share, channels=channels)
+    survey(data.val.source, max_bad_share=share, flag="--val" if asked.get("val") else "--data", channels=channels)
     takes = _takes(asked, found, data, loaded, hardware)
     values = {name: choice.value for name, choice in takes.items()} | dict(asked)
     torch.manual_seed(values.get("seed", 0))
@@ -139,7 +143,7 @@ def settle(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
         beit=not encoder.architecture["key_bias"],
         eight_bit=values["pixel_type"] == "uint8" and values["channels"] in (1, 3),
     )
-    choices = takes | choose_finetuning(values, len(data.train), start, hardware)
+    choices = takes | choose_finetuning(values, len(data.train), start, hardware, process_count())
     values = {name: choice.value for name, choice in choices.items()} | values
     settled = SettledFinetuning(FinetuneOptions(**values | {"micro_batch": 1}), data, hardware, encoder)
     _check(settled, found)
@@ -149,7 +153,7 @@ def settle(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
     settled.options = FinetuneOptions(**values)
     _check_mixing(settled)
     notes = notes_on(found, {n: c for n, c in choices.items() if n not in asked}, min(settled.size))
-    settled.notes = [notes[0], *_on_classes(data), *notes[1:]]
+    settled.notes = [notes[0], *_on_classes(data), *notes[1:], *_on_average(settled.options, len(data.train))]
     return settled
 
 
@@ -307,6 +311,18 @@ def _micro_batch(settled: SettledFinetuning) -> Choice:
     weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
     choice = fitting_micro_batch(kept, weights, options.batch_size, settled.hardware)
     return replace(choice, value=min(options.batch_size, choice.value + choice.value % 2))
+
+
+def _on_average(options: FinetuneOptions, count: int) -> list[str]:
+    """A warning where the moving average is still at the beginning when the run ends."""
+    steps = options.max_steps or (options.epochs or 0) * count / options.batch_size
+    left = options.ema**steps if options.ema else 0.0
+    if left < EMA_LEFT:
+        return []
+    return [
+        f"warning: --ema {options.ema:g} leaves {left:.0%} of the first weights in the average after {steps:.0f} "
+        f"steps; {1 - 3 / max(steps, 4):.3g} or none would fit"
+    ]
 
 
 def _on_classes(data: LabelledData) -> list[str]:

@@ -1,7 +1,8 @@
 """A classifier judged on labelled images: what is printed, written and drawn of it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ CONFUSION_FILE = "confusion.png"
 MOST_CONFUSABLE = 2000  # classes whose pairs are counted: 32 MB
 
 
+Answers = Generator[tuple[Tensor, Tensor], None, None]
+
+
 class Session:
     """A classifier of ours on a device, asked about files.
 
@@ -54,11 +58,11 @@ class Session:
         self.workers = default_workers(hardware)
         self.classifier.to(self.device)
 
-    def answers(self, source: ImageSource, batch_size: int, workers: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def answers(self, source: ImageSource, batch_size: int, workers: int | None) -> Answers:
         """Probabilities (B, classes) and which images are good (B,), batch by batch."""
         workers = self.workers if workers is None else workers
         crops = crops_for(source, self.input, batch_size, workers)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with closing(crops), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             yield from probabilities(self.classifier, crops, self.input.normalise, self.device)
 
 
@@ -79,7 +83,7 @@ def default_workers(hardware: Hardware) -> int:
     return min(16, hardware.cores) if hardware.device == "cuda" else hardware.cores // 2
 
 
-def crops_for(source: ImageSource, takes: Input, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def crops_for(source: ImageSource, takes: Input, batch_size: int, workers: int) -> Answers:
     """Central crops as evaluation looks at them."""
     fmt = PixelFormat(takes.channels, takes.pixel_type)
     return centre_crops(source, fmt, takes.size, workers, batch_size, share=takes.crop_pct)
@@ -95,8 +99,8 @@ def judged(
     workers: int,
 ) -> Judgement | None:
     """How a classifier does on labelled images; None if none can be read."""
-    crops = crops_for(labelled.source, takes, batch, workers)
-    return judge(probabilities(classifier, crops, takes.normalise, device), labelled.labels, classes)
+    with closing(crops_for(labelled.source, takes, batch, workers)) as crops:
+        return judge(probabilities(classifier, crops, takes.normalise, device), labelled.labels, classes)
 
 
 def summary(found: Judgement, classes: list[str], worst: int = 5) -> list[str]:

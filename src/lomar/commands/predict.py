@@ -3,6 +3,7 @@
 import csv
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def command(given: Mapping[str, Any]) -> int:
     out = Path(options.out)
     if out.suffix.lower() != ".csv":
         raise UserError(f"--out is {out}; it must end in .csv")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; it must be a .csv file")
     session = Session(options.model, options.image_size, options.device, options.precision)
     if options.top > len(session.classes):
         raise UserError(f"--top is {options.top}; the model knows {len(session.classes)} classes")
@@ -33,14 +36,13 @@ def command(given: Mapping[str, Any]) -> int:
             table = csv.writer(file)
             table.writerow(_header(options.top))
             table.writerows(_rows(session, source, options, unreadable))
+        if len(unreadable) == len(source):  # raised here, it leaves an earlier table as it was
+            raise UserError(f"--images: none of {len(source)} can be read, for example {unreadable[0]}")
 
     try:
         write_atomically(out, write)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    if len(unreadable) == len(source):
-        out.unlink()
-        raise UserError(f"--images: none of {len(source)} can be read, for example {unreadable[0]}")
     sys.stdout.write(f"{len(source) - len(unreadable)} images, their classes in {out}\n")
     if unreadable:
         sys.stdout.write(
@@ -67,14 +69,15 @@ def _header(top: int) -> list[str]:
 def _rows(session: Session, source: ImageSource, options: PredictOptions, unreadable: list[str]) -> Iterator[list[str]]:
     """A line for each image in order; the names of those that cannot be read are added to `unreadable`."""
     index = 0
-    for found, good in session.answers(source, options.batch_size, options.workers):
-        best, classes = found.topk(options.top, dim=1)
-        for shares, numbers, readable in zip(best.tolist(), classes.tolist(), good.tolist(), strict=True):
-            path = source.path(index).decode("utf-8", "surrogateescape")
-            index += 1
-            if not readable:
-                unreadable.append(source.name(index - 1))
-                yield [path] + [""] * (2 * options.top)
-                continue
-            told = [(session.classes[n], f"{share:.6f}") for share, n in zip(shares, numbers, strict=True)]
-            yield [path, *(cell for pair in told for cell in pair)]
+    with closing(session.answers(source, options.batch_size, options.workers)) as answers:
+        for found, good in answers:
+            best, classes = found.topk(options.top, dim=1)
+            for shares, numbers, readable in zip(best.tolist(), classes.tolist(), good.tolist(), strict=True):
+                path = source.path(index).decode("utf-8", "surrogateescape")
+                index += 1
+                if not readable:
+                    unreadable.append(source.name(index - 1))
+                    yield [path] + [""] * (2 * options.top)
+                    continue
+                told = [(session.classes[n], f"{share:.6f}") for share, n in zip(shares, numbers, strict=True)]
+                yield [path, *(cell for pair in told for cell in pair)]

@@ -20,7 +20,7 @@ from lomar.interop.initial import initialise
 from lomar.interop.tokenizers import save_tokenizer
 from lomar.interop.weights import ENCODER_FILE, RECONSTRUCTOR_FILE, save_encoder, save_reconstructor
 from lomar.methods.reconstruction import MaskedReconstruction
-from lomar.options import PretrainOptions, convert, fields_of, suggestion
+from lomar.options import PretrainOptions, converted
 from lomar.training.loop import CHECKPOINT, Course, StopRequest, Trainer
 from lomar.training.optim import Schedule, adamw
 from lomar.training.records import Display, Metrics, close_log
@@ -53,16 +53,13 @@ def pretrain(**options: Any) -> Path:
         UserError: an option is unknown, wrong or does not fit the others, or the images cannot be used.
         TrainingError: the loss is not finite, twice.
     """
-    for name in options:
-        if name not in fields_of(PretrainOptions):
-            raise UserError(f"there is no option {name!r}{suggestion(name, list(fields_of(PretrainOptions)))}")
-    given = {name: convert(PretrainOptions, name, value) for name, value in options.items()}
+    given = converted(PretrainOptions, options)
     status = _run(given)
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     if status:
         raise SystemExit(status)
-    return Path(options["out"])
+    return Path(asked_for_pretraining(given)["out"])
 
 
 def command(given: Mapping[str, Any]) -> int:

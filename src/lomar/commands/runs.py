@@ -17,11 +17,27 @@ from lomar.commands.automatic import Choice, Hardware, micro_batch
 from lomar.data.survey import Survey
 from lomar.errors import UserError
 from lomar.files import write_atomically
-from lomar.options import AUTO, fields_of, flag, read_config
+from lomar.options import (
+    AUTO,
+    FinetuneOptions,
+    PretrainOptions,
+    ProbeOptions,
+    TokenizerOptions,
+    fields_of,
+    flag,
+    read_config,
+)
 from lomar.training.loop import process_count
 from lomar.training.records import open_log
 
 CONFIG_FILE = "config.yaml"
+# Commands that make a folder with a configuration.
+_RUNS = {
+    "pretrain": PretrainOptions,
+    "finetune": FinetuneOptions,
+    "probe": ProbeOptions,
+    "tokenizer train": TokenizerOptions,
+}
 # What a resumed run is told anew, and a configuration does not hold.
 _ABOUT_THIS_CALL = ("config", "resume", "overwrite", "out")
 
@@ -32,7 +48,7 @@ def asked_for(given: Mapping[str, Any], options: type, paths: tuple[str, ...]) -
     Args:
         given: the options that were typed.
         options: their class.
-        paths: those that name files, made absolute: the run may be resumed from another folder.
+        paths: those that may name files, which are made absolute: the run may be resumed from another folder.
     """
     config = read_config(given["config"], options) if given.get("config") else {}
     automatic = {name for name, f in fields_of(options).items() if f.metadata["auto"] == AUTO}
@@ -42,7 +58,7 @@ def asked_for(given: Mapping[str, Any], options: type, paths: tuple[str, ...]) -
         if value is not None and not (name in automatic and value == "auto")
     }
     for name in paths:
-        if name in asked and asked[name] != "sample":
+        if name in asked and asked[name] != "sample" and Path(asked[name]).exists():
             asked[name] = os.path.abspath(asked[name])  # noqa: PTH100 (links stay as they are)
     return asked
 
@@ -60,6 +76,27 @@ def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]
 def holds_run(run: Path) -> bool:
     """Whether a folder holds a run, or what is left of one."""
     return any((run / name).exists() for name in (CONFIG_FILE, "metrics.jsonl", "checkpoints"))
+
+
+def check_kind(run: Path, options: type) -> None:
+    """Refuse a folder that holds a run of another command: to delete it is not what --overwrite was given for.
+
+    Args:
+        run: the folder.
+        options: the class of this command's options, all of which its configuration has.
+
+    Raises:
+        UserError: its configuration is another command's.
+    """
+    file = run / CONFIG_FILE
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # what is wrong with it is said where it is read
+    foreign = set(map(str, loaded)) - set(fields_of(options)) if isinstance(loaded, dict) else set()
+    for command, others in _RUNS.items():
+        if foreign & set(fields_of(others)):
+            raise UserError(f"--out {run} holds a run of `lomar {command}`; give another folder")
 
 
 def check_new(run: Path, asked: Mapping[str, Any]) -> None:
@@ -85,6 +122,7 @@ def stored(run: Path, asked: Mapping[str, Any], options: type) -> dict[str, Any]
     file = run / CONFIG_FILE
     if not file.exists():
         raise UserError(f"--out {run} holds no run to resume: there is no {CONFIG_FILE} in it")
+    check_kind(run, options)
     kept = read_config(str(file), options)
     fields = fields_of(options)
     for name, value in asked.items():

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 
 from lomar.commands.automatic import Choice, Hardware, choose, find_hardware
-from lomar.commands.runs import CONFIG_FILE, asked_for, check_new, fitting_micro_batch, merged, notes_on, stored
+from lomar.commands.runs import (
+    CONFIG_FILE,
+    asked_for,
+    check_kind,
+    check_new,
+    fitting_micro_batch,
+    merged,
+    notes_on,
+    stored,
+)
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import SampleKey
 from lomar.data.sources import ImageSource, open_source
@@ -114,6 +123,7 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
     if "data" not in asked:
         raise UserError("--data is missing: a folder of images, a .txt file of paths, or 'sample'")
     check_new(run, asked)
+    check_kind(run, PretrainOptions)
     _check_meant(asked, typed)
     if "model" in asked:
         _size(asked["model"])

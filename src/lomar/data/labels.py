@@ -12,8 +12,16 @@ from lomar.data.sources import ImageSource, open_source
 from lomar.errors import UserError
 from lomar.seeding import seeded
 
-# The folder beside train/ that judges: the first of these that exists. A table's column "split" knows them as well.
-_VAL_NAMES = ("val", "valid", "validation", "test")
+# Folders, in any case, that train and judge: the first of these that exists. A table's column "split" has them as well.
+_TRAIN_NAMES = ("train", "training")
+_VAL_NAMES = ("val", "valid", "validation", "test", "testing")
+# What a table's header may call its columns.
+_COLUMNS = {
+    "path": ("path", "file", "filename", "filepath", "file_name", "image", "image_path"),
+    "label": ("label", "class", "target", "category", "label_name", "class_name"),
+    "split": ("split", "set", "subset", "fold"),
+}
+SPLIT_SEED = 0  # of what judges, where nothing says it: all seeds of a run are judged on the same images
 _VAL_SHARE = 0.2  # of each class, when one folder or table has to serve as both
 
 
@@ -68,9 +76,9 @@ class _Named:
 def labelled_data(path: str, seed: int, val: str | None = None, flag: str = "--data") -> LabelledData:
     """Images that train and images that judge.
 
-    A folder with train/ and val/ (or valid/, validation/, test/) holds both; the class of an image is the first folder
-    below. A table (.csv) has a line `path,label` for each image, paths relative to the table, and may have a third
-    column `split`. Where nothing says what judges, a fifth of each class is drawn.
+    A folder with train/ and val/ (or valid/, validation/, test/; in any case) holds both; the class of an image is the
+    first folder below. A table (.csv) has a line `path,label` for each image, paths relative to the table, and may have
+    a third column `split`. Where nothing says what judges, a fifth of each class is drawn.
 
     Args:
         path: the folder, or the table.
@@ -94,6 +102,8 @@ def labelled_data(path: str, seed: int, val: str | None = None, flag: str = "--d
         )
     if len(kinds) == 1:
         raise UserError(f"{flag} {path}: there is one class alone, {kinds[0]!r}; at least two are needed")
+    if not _is_table(path) and {name.lower() for name in kinds} <= {*_TRAIN_NAMES, *_VAL_NAMES}:
+        raise UserError(f"{flag} {path}: {' and '.join(kinds)} are no classes; beside them there must be train/")
     numbers = {name: number for number, name in enumerate(kinds)}
     labelled = _numbered(train, numbers)
     if judge is None:
@@ -118,12 +128,22 @@ def evaluation_split(path: str, seed: int, train: int, val: int, flag: str = "--
     return labelled_data(path, seed, flag=flag).thinned(train, val, seed)
 
 
-def judging_images(path: str, classes: list[str], flag: str = "--data") -> Labelled:
+def judging_images(path: str, classes: list[str], flag: str = "--data", held_out: bool = False) -> Labelled:
     """The images that judge a classifier of known classes: val/ where there is one, else all.
+
+    Args:
+        path: a folder or a table, as for `labelled_data`.
+        classes: names of the classifier's outputs.
+        flag: the option the path came from, for messages.
+        held_out: whether the classifier learnt from these images but for a fifth of each class: judge by that fifth.
 
     Raises:
         UserError: nothing to read, no labels, or a class that the classifier does not know.
     """
+    if held_out:
+        data = labelled_data(path, SPLIT_SEED, flag=flag)
+        if data.drawn and data.classes == classes:
+            return data.val
     everything, judge = _parts(path, flag)
     named = judge or everything
     if not named.names:
@@ -140,12 +160,19 @@ def _parts(path: str, flag: str) -> tuple[_Named, _Named | None]:
     """What trains, and what judges if something says so."""
     if _is_table(path):
         return _table_parts(Path(path), flag)
-    root = Path(path)
-    if not (root / "train").is_dir():
+    train, judge = (_folder_called(Path(path), names) for names in (_TRAIN_NAMES, _VAL_NAMES))
+    if train is None:
         return _whole(path, flag), None
-    judge = next((root / name for name in _VAL_NAMES if (root / name).is_dir()), None)
-    train = _whole(str(root / "train"), flag)
-    return train, _whole(str(judge), flag) if judge else None
+    return _whole(train, flag), _whole(judge, flag) if judge else None
+
+
+def _folder_called(root: Path, names: tuple[str, ...]) -> str | None:
+    """The folder below of the first of these names that is there, written in any case."""
+    try:
+        there = {entry.name.lower(): entry.path for entry in os.scandir(root) if entry.is_dir()}
+    except OSError:
+        return None  # whoever reads the images says so
+    return next((there[name] for name in names if name in there), None)
 
 
 def _whole(path: str, flag: str) -> _Named:
@@ -195,13 +222,19 @@ def _rows(path: Path, flag: str) -> Iterator[_Row]:
             for number, cells in enumerate(csv.reader(file), start=1):
                 cells = [cell.strip() for cell in cells]
                 lower = [cell.lower() for cell in cells]
-                if number == 1 and {"path", "label"} <= set(lower):
-                    columns = {name: lower.index(name) for name in ("path", "label", "split") if name in lower}
-                    width = 1 + max(columns["path"], columns["label"])
+                where = f"{flag} {path} line {number}"
+                if any("\0" in cell for cell in cells):
+                    raise UserError(f"{where}: a zero byte; a table must be UTF-8 text")
+                header = _columns(lower) if number == 1 else {}
+                if {"path", "label"} <= set(header):
+                    columns, width = header, 1 + max(header["path"], header["label"])
                     continue
                 if not any(cells):
                     continue
-                row = _row(cells, columns, width, f"{flag} {path} line {number}")
+                row = _row(cells, columns, width, where)
+                first = path.parent / os.fsdecode(row.path)
+                if number == 1 and not first.suffix and not first.exists():
+                    raise UserError(f"{where}: {os.fsdecode(row.path)!r} is no image; a header names path and label")
                 label, line = known.setdefault(row.path, (row.label, number))
                 if line != number:
                     raise UserError(
@@ -217,14 +250,20 @@ def _rows(path: Path, flag: str) -> Iterator[_Row]:
         raise UserError(f"{flag} {path}: the table names no image; it has a line path,label for each")
 
 
+def _columns(header: list[str]) -> dict[str, int]:
+    """Where a header's columns of paths, labels and splits are, those that it has."""
+    found = {name: next((each for each in known if each in header), "") for name, known in _COLUMNS.items()}
+    return {name: header.index(known) for name, known in found.items() if known}
+
+
 def _row(cells: list[str], columns: dict[str, int], width: int, where: str) -> _Row:
     if len(cells) < width or not cells[columns["path"]] or not cells[columns["label"]]:
         raise UserError(f"{where}: it must hold a path and a label, not {','.join(cells)!r}")
     at = columns.get("split", len(cells))
     split = cells[at].lower() if at < len(cells) else ""
-    if split not in ("", "train", *_VAL_NAMES):
-        raise UserError(f"{where}: split is {split!r}; it can be train, {', '.join(_VAL_NAMES)}")
-    return _Row(os.fsencode(cells[columns["path"]]), cells[columns["label"]], split)
+    if split not in ("", *_TRAIN_NAMES, *_VAL_NAMES):
+        raise UserError(f"{where}: split is {split!r}; it can be {', '.join((*_TRAIN_NAMES, *_VAL_NAMES))}")
+    return _Row(os.path.normpath(os.fsencode(cells[columns["path"]])), cells[columns["label"]], split)
 
 
 def _numbered(named: _Named, numbers: dict[str, int]) -> Labelled:

@@ -6,6 +6,8 @@ with new crops, and a run can begin at any batch. Each sample is a function of (
 worker, the micro-batch nor the process it falls to changes it.
 """
 
+import atexit
+import multiprocessing
 import signal
 import sys
 import warnings
@@ -304,7 +306,7 @@ def centre_crops(
     batch_size: int = 64,
     share: float = CENTRE_SHARE,
     first: int = 0,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
     """Central crops of all images in order, for evaluation.
 
     Args:
@@ -349,6 +351,16 @@ def loaded(dataset: Dataset, batches: Iterable[list], workers: int, pin_memory: 
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def _end_workers() -> None:
+    """At exit, after an error: multiprocessing would wait forever for workers that pass over its one SIGTERM."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+atexit.register(_end_workers)
 
 
 def _as_it_is(batch: object) -> object:

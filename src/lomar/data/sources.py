@@ -78,8 +78,11 @@ class ImageSource:
             OSError: the file cannot be read.
         """
         # Path() would cost as much as opening the file, and bytes are what the file system speaks.
-        with open(self.path(index), "rb") as file:  # noqa: PTH123
-            return file.read()
+        try:
+            with open(self.path(index), "rb") as file:  # noqa: PTH123
+                return file.read()
+        except ValueError as error:  # a zero byte in it
+            raise OSError(f"no path of a file: {error}") from error
 
     def subset(self, indices: Iterable[int]) -> "ImageSource":
         """A source of the given files in the given order."""

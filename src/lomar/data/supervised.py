@@ -4,6 +4,7 @@ The crop and the flip are ours, for any format; RandAugment, random erasing, mix
 depends on (seed, epoch, image) or, of mixing, on (seed, batch) alone.
 """
 
+import re
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import islice
@@ -88,6 +89,9 @@ def policy_transform(policy: str, size_px: tuple[int, int], mean: tuple[float, .
         "img_mean": tuple(min(255, round(255 * value)) for value in mean),
         "interpolation": Image.Resampling.BICUBIC,
     }
+    wrong = [part for part in policy.split("-")[1:] if not re.fullmatch(r"t\w+|[a-z]+\d[\d.]*", part)]
+    if wrong:  # timm passes over what it cannot read
+        raise ValueError(f"timm knows no augmentation {policy!r}: {wrong[0]!r} is no letter with a number")
     try:
         if policy.startswith("rand"):
             return rand_augment_transform(policy, settings)

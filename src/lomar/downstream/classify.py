@@ -1,6 +1,7 @@
 """A classifier made of an encoder: how its weights begin, its loss, and how it is judged."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,7 @@ def classifier_of(
     sine-cosine positions begin to learn, as MAE's do. The head is new, unless the encoder has one for the same classes.
 
     Args:
-        encoder: what to begin with.
+        encoder: what to begin with; left as it is.
         classes: names of the outputs.
         size: (height, width) of the images, in pixels.
         pool: "avg" normalises the mean of the patch tokens (`fc_norm`), "token" takes the cls token after `norm`.
@@ -67,6 +68,7 @@ def classifier_of(
     notes = []
     had = list((encoder.pretrained_cfg or {}).get("label_names", ()))
     before = encoder.patch_embed.grid_size
+    encoder = copy.deepcopy(encoder)
     encoder.set_input_size(size)
     architecture = dict(encoder.architecture)
     state = encoder.state_dict()
@@ -130,7 +132,7 @@ def probabilities(
     batches: Iterable[tuple[Tensor, Tensor]],
     normalise: Callable[[Tensor], Tensor],
     device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """What a classifier says, batch by batch: probabilities float32 (B, classes), and good bool (B,), on the CPU.
 
     Args:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -12,6 +13,10 @@ from lomar.figures.curves import save_figure
 
 MOST = 40  # classes that can be told apart in one picture
 NUMBERED = 25  # of which each cell has its number
+_TYPEFACES = (  # for names in other scripts, where they are installed
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Source Han Sans SC", "Microsoft YaHei"),
+    *("Hiragino Sans", "Malgun Gothic", "Arial Unicode MS", "Noto Sans Devanagari", "Noto Sans Arabic"),
+)
 
 
 def confusion_matrix(counts: NDArray[np.integer], classes: Sequence[str], caption: str, path: Path) -> None:
@@ -34,7 +39,9 @@ def confusion_matrix(counts: NDArray[np.integer], classes: Sequence[str], captio
     shares = counts / np.maximum(totals, 1)[:, None]
     count = len(classes)
     side = 1.8 + max(3.0, 0.42 * count)
-    with rc_context({"font.size": 9}):
+    # A name may hold a "$", and letters that matplotlib's own font lacks.
+    with rc_context({"font.size": 9, "text.parse_math": False, "font.family": _typefaces()}), catch_warnings():
+        simplefilter("ignore", UserWarning)  # a letter that no typeface here has
         figure = Figure(figsize=(side + 0.6, side), dpi=130, layout="constrained")
         axes = figure.add_subplot()
         picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -52,3 +59,9 @@ def confusion_matrix(counts: NDArray[np.integer], classes: Sequence[str], captio
         bar.set_label("share of the true class")
         figure.supxlabel(caption, fontsize=8.5, color="#444444", wrap=True)
         save_figure(figure, path)
+
+
+def _typefaces() -> list[str]:
+    """Matplotlib's own and those installed that have more letters; it takes each letter from the first that has it."""
+    installed = set(font_manager.get_font_names())
+    return ["DejaVu Sans", *(name for name in _TYPEFACES if name in installed)]

@@ -320,7 +320,7 @@ class Encoder(Transformer):
         """Layer groups for layer-wise learning rates: stem, blocks in order, then all that follows."""
         return {
             "stem": r"^cls_token|^pos_embed|^patch_embed",
-            "blocks": r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm|^rel_pos_bias", (99999,))],
+            "blocks": r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^rel_pos_bias", (99999,))],
         }
 
 

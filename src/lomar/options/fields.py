@@ -150,6 +150,19 @@ def _range_text(metadata: Mapping[str, Any]) -> str:
     return f", {' and '.join(parts)}" if parts else ""
 
 
+def converted(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of a call from Python, as the command's options.
+
+    Raises:
+        UserError: a name is unknown, or a value wrong.
+    """
+    known = fields_of(options)
+    for name in given:
+        if name not in known:
+            raise UserError(f"there is no option {name!r}{suggestion(name, list(known))}")
+    return {name: convert(options, name, value) for name, value in given.items()}
+
+
 def read_config(path: str, options: type) -> dict[str, Any]:
     """Option name -> value, from a YAML file.
 
