@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,6 +314,32 @@ def test_what_was_begun_is_neither_lost_nor_mixed(
     (data / "4.png").unlink()
     assert begun(out) == 2
     assert lomar(*words, "--resume").status == 0
+
+
+def test_a_run_and_images_that_moved_go_on(
+    lomar: Command,
+    finished_run: Path,
+    photos: Path,
+    tmp_path: Path,
+    stops_in: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So do those that are named from another folder; the file says what it was begun with."""
+    shutil.copytree(photos, tmp_path / "before" / "photos")
+    shutil.copytree(finished_run, tmp_path / "before" / "run")
+    out = tmp_path / "e.safetensors"
+    words = ("embed", HERE, "--batch-size 3 --out", out)
+    monkeypatch.chdir(tmp_path / "before")
+    stops_in(1, interrupt)
+    assert lomar(*words, "--model run --data photos").status == 130
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "before").rename(tmp_path / "after it moved")
+    moved = ("--model", tmp_path / "after it moved" / "run", "--data", tmp_path / "after it moved" / "photos")
+    outcome = lomar(*words, *moved, "--resume")
+    assert outcome.status == 0 and outcome.out.startswith("8 images, from 3 on: ")
+    about = read_embedding(out).about
+    assert (about["model"], about["root"]) == ("run", f"{tmp_path}/before/photos")
+    assert lomar(*words, *moved, "--resume").out == f"{out} is finished: 8 images\n"
 
 
 def test_the_disk_is_looked_at_first(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from lomar import load
+from lomar.commands.frozen import FrozenEncoder
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import centre_crops
-from lomar.data.sources import open_source
+from lomar.data.sources import ImageSource, open_source
 
 QUICK = "--workers 0 --device cpu --precision fp32"
 LABELS = [0] * 4 + [1] * 4  # blue, red
@@ -55,6 +57,7 @@ def test_accuracies_are_those_of_scikit_learn_on_the_encoders_features(
     assert rows_of(done.out) == [[str(r["layer"]), str(r["k"]), f"{100 * r['top1']:.2f}"] for r in expected]
     assert told["train"] == told["val"] == {"images": 8, "unusable": []} and told["classes"] == ["blue", "red"]
     assert "8 val images asked about, 8 train images vote, 2 classes\n" in done.out
+    assert (told["crop"], told["interpolation"]) == (0.875, "bicubic")
 
 
 def test_unreadable_images_are_counted_named_and_left_out(lomar, photos: Path, tmp_path: Path) -> None:
@@ -67,19 +70,66 @@ def test_unreadable_images_are_counted_named_and_left_out(lomar, photos: Path, t
     for number in range(4):
         (tmp_path / "val" / "blue" / f"bad{number}.png").write_bytes(b"")
     done = lomar(f"knn {QUICK} --model scratch:16x2x2 --image-size 32 --data", tmp_path, "--k 3")
-    bad = ", ".join(str(tmp_path / "val" / "blue" / f"bad{n}.png") for n in range(3))
+    bad = ", ".join(f"{tmp_path / 'val' / 'blue' / f'bad{n}.png'} (empty file)" for n in range(3))
     assert done.err == (
         f"lomar: 4 of 12 val images cannot be used and are left out: {bad} and more\n"
-        f"lomar: 1 of 9 train images cannot be used and are left out: {tmp_path / 'train' / 'red' / 'bad.jpg'}\n"
+        f"lomar: 1 of 9 train images cannot be used and are left out: {tmp_path / 'train' / 'red' / 'bad.jpg'} "
+        "(the content is not an image, despite .jpg)\n"
     )
     assert "8 val images asked about, 8 train images vote" in done.out
+
+
+def test_more_neighbours_than_images_are_refused_before_the_work(
+    lomar, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unexpected(*arguments: Any) -> None:
+        raise AssertionError("features are made")
+
+    monkeypatch.setattr(FrozenEncoder, "features", unexpected)
+    done = lomar(f"knn {QUICK} --model scratch:16x2x2 --image-size 32 --k 7 --data", photos)
+    assert done.err == "lomar: error: --k 7: there are 6 train images to be neighbours\n"
+
+
+def test_where_fewer_images_can_be_used_all_of_them_vote(lomar, train_and_val: Path, tmp_path: Path) -> None:
+    """Nothing that was computed is thrown away."""
+    labels = [f"{train_and_val}/train/{label}/{number}.png,{label}" for label in ("red", "blue") for number in range(4)]
+    (tmp_path / "bad.png").write_bytes(b"")
+    table = tmp_path / "all.csv"
+    rows = [*(f"{line},train" for line in labels), f"{tmp_path}/bad.png,red,train"]
+    rows += [f"{line.replace('/train/', '/val/')},val" for line in labels]
+    table.write_text("path,label,split\n" + "\n".join(rows) + "\n")
+    done = lomar(f"knn {QUICK} --model scratch:16x2x2 --image-size 32 --k 2 9 8 --data", table)
+    assert done.status == 0 and [row[1] for row in rows_of(done.out)] == ["2", "8"]
+    assert done.err.endswith("lomar: --k 9: 8 train images can be used, and all of them vote\n")
+
+
+def test_val_judges_in_the_place_of_what_data_has(lomar, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "red").symlink_to(photos / "red")
+    words = (f"knn {QUICK} --model scratch:16x2x2 --image-size 32 --k 3 --data", photos)
+    out = lomar(*words, "--val", tmp_path).out
+    assert "4 val images asked about, 8 train images vote" in out
+
+
+def test_no_seed_changes_which_images_judge(lomar, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    features = FrozenEncoder.features
+
+    def kept(self: FrozenEncoder, source: ImageSource, wanted: Any, batch_size: int) -> Any:
+        asked.append([source.name(index) for index in range(len(source))])
+        return features(self, source, wanted, batch_size)
+
+    monkeypatch.setattr(FrozenEncoder, "features", kept)
+    for seed in range(4):
+        words = f"knn {QUICK} --model scratch:16x2x2 --image-size 32 --k 3 --seed {seed} --data"
+        assert lomar(words, photos).status == 0
+    assert len(asked) == 8 and all(asked[place] == asked[place % 2] for place in range(8))
 
 
 @pytest.mark.parametrize("name", ["test_vit2", "test_resnet"])
 def test_any_model_of_timm_is_judged_at_any_shape(lomar, photos: Path, name: str) -> None:
     done = lomar(f"knn {QUICK} --model scratch:{name} --image-size 32 64 --layers 2 5 --k 2 --data", photos)
     assert done.status == 0 and [row[:2] for row in rows_of(done.out)] == [["2", "2"], ["5", "2"]]
-    assert "32 x 64 px" in done.out and "drawn with --seed 0" in done.out
+    assert "32 x 64 px" in done.out and "(a fifth, drawn from all)" in done.out
 
 
 def test_many_channels_and_16_bits_go_through_the_encoders_input(lomar, tmp_path: Path) -> None:
@@ -120,8 +170,13 @@ def test_top_5_is_told_where_there_are_classes_enough(lomar, tmp_path: Path) -> 
             "--features cls: the model has no cls token; features can be pooled or mean",
         ),
         (
-            "--data {here}/bad",
-            "--data {here}/bad: none of the 2 images of val can be used, for example {here}/bad/val/a/1.jpg",
+            "--data {here}/bad --k 1",
+            "--data {here}/bad: none of 2 val images can be read, for example {here}/bad/val/b/1.jpg: the content is "
+            "not an image, despite .jpg",
+        ),
+        (
+            "--val {here}/bad/val --k 1",
+            "--val {here}/bad/val: class 'a' is to be judged, but no image of it is there to train on",
         ),
     ],
 )

@@ -98,6 +98,21 @@ def test_both_pictures_are_written_and_told_about(
     )
 
 
+@pytest.mark.parametrize("name", ["map.png", "map-nearest.png"])
+def test_a_picture_that_is_there_stays_unless_overwrite_says_otherwise(
+    name: str, zoo: Path, lomar: Command, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("mine")
+    words = ("map --method pca --embedding", embedded(tmp_path / "e.npz", zoo), "--out", tmp_path / "map.png")
+    outcome = lomar(*words)
+    assert outcome.status == 2
+    assert outcome.err == f"lomar: error: --out: {tmp_path / name} already exists; --overwrite replaces it\n"
+    assert (tmp_path / name).read_text() == "mine"
+    assert lomar(*words, "--overwrite").status == 0
+    with Image.open(tmp_path / name) as picture:
+        assert picture.format == "PNG"
+
+
 def test_images_that_are_alike_are_near_on_the_map(
     zoo: Path, lomar: Command, drawn: dict[str, tuple[Any, ...]], tmp_path: Path
 ) -> None:
@@ -105,7 +120,8 @@ def test_images_that_are_alike_are_near_on_the_map(
     layouts = []
     for seed in (0, 0, 1):
         file = embedded(tmp_path / "e.npz", zoo)
-        assert lomar("map --embedding", file, "--out", tmp_path / "map.png", f"--seed {seed}").status == 0
+        words = f"--seed {seed} --overwrite"
+        assert lomar("map --embedding", file, "--out", tmp_path / "map.png", words).status == 0
         layouts.append(drawn["map_figure"][1])
         near = NearestNeighbors(n_neighbors=1).fit(layouts[-1]).kneighbors(return_distance=False)[:, 0]
         assert (near // 7 == np.arange(21) // 7).mean() > 0.9
@@ -159,7 +175,7 @@ def test_at_most_limit_images_are_laid_out_but_all_are_neighbours(
     zoo: Path, lomar: Command, drawn: dict[str, tuple[Any, ...]], tmp_path: Path
 ) -> None:
     file = embedded(tmp_path / "e.npz", zoo, good=np.arange(21) != 4)
-    outcome = lomar("map --limit 5 --neighbours 99 --embedding", file, "--out", tmp_path / "map.png")
+    outcome = lomar("map --limit 5 --neighbours 50 --embedding", file, "--out", tmp_path / "map.png")
     assert "5 of 21 images by t-SNE of perplexity 1.33." in outcome.out
     assert "19 neighbours of 6 images among 20" in outcome.out
     assert len(drawn["map_figure"][0]) == 5 and len(drawn["nearest_figure"][0][0]) == 20
@@ -201,7 +217,7 @@ def test_only_two_to_twenty_folders_are_coloured(
     outcome = lomar("map --method pca --embedding", file, "--out", tmp_path / "map.png")
     assert outcome.status == 0 and ("21 folders are too many for colours." in outcome.out) == note
     assert len(drawn["map_figure"][3]) == (20 if count == 20 else 0)
-    words = ("--out", tmp_path / "map.png", "--colour-by none")
+    words = ("--out", tmp_path / "map.png", "--colour-by none --overwrite")
     assert lomar("map --method pca --embedding", file, *words).status == 0
     assert not drawn["map_figure"][3]
 
@@ -271,6 +287,10 @@ def test_a_name_that_is_no_text_is_drawn(zoo: Path, lomar: Command, tmp_path: Pa
             "--queries cats/0.png: it could not be used when the embedding was made",
         ),
         ("--embedding {good} --out {out} --limit 2", "--limit is '2'; it must be a whole number, at least 3"),
+        (
+            "--embedding {good} --out {out} --neighbours 51",
+            "--neighbours is '51'; it must be a whole number, at least 1 and at most 50",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(words: str, message: str, zoo: Path, lomar: Command, tmp_path: Path) -> None:

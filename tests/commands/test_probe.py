@@ -1,9 +1,13 @@
 """Claims about `lomar probe`."""
 
+import errno
 import json
 import math
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,19 +23,23 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lomar import load
-from lomar.commands import probe_learning
+from lomar.commands import probe, probe_cache, probe_learning, probe_results, probe_settling
 from lomar.commands.frozen import FrozenEncoder
 from lomar.commands.probe_cache import number_type
-from lomar.commands.probe_learning import MaeProbe, SweepProbe
-from lomar.commands.probe_settling import choose
+from lomar.commands.probe_learning import MaeProbe, Scores, SweepProbe, best_head
+from lomar.commands.probe_settling import SettledProbe, choose
 from lomar.data.augment import clamped_crop
 from lomar.data.decode import PixelFormat
-from lomar.data.labels import labelled_data
+from lomar.data.labels import SPLIT_SEED, held_out, labelled_data
 from lomar.data.loader import centre_crops
-from lomar.errors import UserError
+from lomar.downstream.embedding import begun
+from lomar.downstream.embedding_writer import EmbeddingWriter
+from lomar.downstream.probe import HeadInput
+from lomar.errors import TrainingError, UserError
 from lomar.interop.weights import read_file, save_file
 from lomar.model import Encoder
 from lomar.seeding import seeded
+from lomar.training.records import Metrics
 
 QUICK = "--workers 0 --device cpu --precision fp32"
 MODEL = "--model scratch:16x2x2 --image-size 32"
@@ -122,6 +130,35 @@ def test_the_sweep_leaves_numbers_and_a_head_that_anyone_can_apply(
     assert (logits.argmax(dim=1) == labels).float().mean().item() == found["chosen"]["val"]["top1"]
 
 
+@pytest.mark.parametrize("protocol", ["fast", "mae"])
+def test_the_python_of_the_guide_classifies_as_the_probe_did(
+    lomar,
+    finished_run: Path,
+    photos: Path,
+    tmp_path: Path,
+    protocol: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").symlink_to(photos)
+    words = f"{QUICK} --protocol {protocol} --batch-size 4 --epochs 9 --data photos --out probe"
+    assert lomar("probe --model", finished_run, words).status == 0
+    page = Path(__file__).parents[2] / "docs" / "probing.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
+    names: dict[str, Any] = {}
+    exec(compile(block, str(page), "exec"), names)
+    source = names["photos"]
+    rows = {source.name(index): logits for index, logits in enumerate(names["logits"])}
+    val = labelled_data("photos", SPLIT_SEED).val
+    logits = torch.stack([rows[val.source.name(index)] for index in range(len(val))])
+    loss = F.cross_entropy(logits, torch.from_numpy(val.labels)).item()
+    assert loss == pytest.approx(result(Path("probe"))["chosen"]["val"]["loss"], abs=2e-5)
+    assert (
+        str([names["told"]["classes"][int(each)] for each in names["logits"].argmax(dim=1)]) in capsys.readouterr().out
+    )
+
+
 def test_the_head_is_chosen_by_what_was_held_out_and_never_by_val(
     lomar, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,21 +221,181 @@ def test_a_signal_while_features_are_made_leaves_no_half_of_them(
     whole, out = tmp_path / "whole", tmp_path / "p"
     assert lomar("probe", FAST, "--data", photos, "--out", whole).status == 0
     features = FrozenEncoder.features
+    begun: list[int] = []
 
-    def interrupted(self: FrozenEncoder, source: Any, wanted: Any, batch_size: int) -> Any:
-        if len(source) == 4:  # those to learn from come last
-            os.kill(os.getpid(), signal.SIGTERM)
-        yield from features(self, source, wanted, batch_size)
+    def interrupted(self: FrozenEncoder, source: Any, wanted: Any, batch_size: int, first: int) -> Any:
+        begun.append(first)
+        for number, found in enumerate(features(self, source, wanted, batch_size, first)):
+            if len(source) == 4 and first + number == 0:  # those to learn from come last
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield found
 
+    monkeypatch.setattr(probe_cache, "IMAGES_AT_ONCE", 3)
     with monkeypatch.context() as patch:
         patch.setattr(FrozenEncoder, "features", interrupted)
         done = lomar("probe", FAST, "--data", photos, "--out", out)
-    assert done.status == 143 and "stopped while features were made" in done.out
-    assert sorted(path.name for path in out.glob("*features*")) == ["features-held.npy", "features-val.npy"]
-    assert lomar("probe --out", out, "--resume").status == 0
-    assert lasting(out) == lasting(whole)
+        assert done.status == 143 and "stopped while features were made" in done.out
+        assert sorted(path.name for path in out.glob("features*")) == [
+            "features-fit.safetensors.partial",
+            "features-held.safetensors",
+            "features-val.safetensors",
+        ]
+        assert lomar("probe --out", out, "--resume").status == 0
+    assert begun == [0, 0, 0, 3]  # only what was missing of the last part is made again
+    assert lasting(out) == lasting(whole) and not list(out.glob("*features*"))
     done = lomar("probe --out", out, "--resume")
     assert done.status == 0 and f"the probe in {out} is finished" in done.out
+
+
+def test_killed_while_features_are_made_it_goes_on_and_leaves_nothing(lomar, photos: Path, tmp_path: Path) -> None:
+    out, words = tmp_path / "p", FAST.split()
+    code = f"""
+import os, signal
+from lomar.cli import main
+from lomar.commands import frozen, probe_cache
+from lomar.downstream import embedding_writer
+embedding_writer.KEEP_EVERY_S, probe_cache.IMAGES_AT_ONCE = -1.0, 3
+real, done = frozen.features_in_batches, []
+def features(*given):
+    for found in real(*given):
+        done.append(found)
+        if len(done) == 4:  # the second batch of the images to learn from
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield found
+frozen.features_in_batches = features
+main({["probe", *words, "--data", str(photos), "--out", str(out)]!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert begun(out / "features-fit.safetensors") == 3
+    assert lomar("probe --out", out, "--resume").status == 0
+    assert lomar("probe", FAST, "--data", photos, "--out", tmp_path / "whole").status == 0
+    assert lasting(out) == lasting(tmp_path / "whole")
+    left = ["config.yaml", "metrics.jsonl", "probe.json", "probe.safetensors", "train.log"]
+    assert sorted(path.name for path in out.iterdir()) == left
+
+
+def test_a_resumed_sweep_keeps_the_type_of_its_features(
+    lomar, photos: Path, tmp_path: Path, stopped_at, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other memory may be free then: of features that are made before and after, all are of one type."""
+    whole, out = tmp_path / "whole", tmp_path / "p"
+    assert lomar("probe", FAST, "--data", photos, "--out", whole).status == 0
+    features = FrozenEncoder.features
+
+    def interrupted(self: FrozenEncoder, source: Any, *rest: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from features(self, source, *rest)
+
+    monkeypatch.setattr(probe_cache, "IMAGES_AT_ONCE", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenEncoder, "features", interrupted)
+        assert lomar("probe", FAST, "--data", photos, "--out", out).status == 143
+    monkeypatch.setattr(probe, "_free_bytes", lambda: 2 * 8 * 16 * 8 * 2 - 1)  # for float16 at most
+    done = lomar("probe --out", out, "--resume")
+    assert done.status == 0 and "are kept as float32" in done.out
+    assert lasting(out) == lasting(whole)
+
+
+# What is not finite, and what cannot be written
+
+
+@pytest.fixture
+def inseparable(photos: Path, tmp_path: Path) -> Path:
+    """The same images in both classes, so that a head at too high a rate cannot but diverge."""
+    for label in ("a", "b"):
+        (tmp_path / "inseparable" / label).mkdir(parents=True)
+        for number, image in enumerate(sorted(photos.rglob("*.png"))):
+            (tmp_path / "inseparable" / label / f"{number}.png").symlink_to(image)
+    return tmp_path / "inseparable"
+
+
+@pytest.mark.parametrize("rate", ["3e38", "1e40"])
+def test_heads_that_diverge_are_left_out_and_the_others_are_as_without_them(
+    lomar, inseparable: Path, tmp_path: Path, rate: str
+) -> None:
+    found = {}
+    for name, first in (("with", rate), ("without", "1e-9")):
+        words = FAST.replace("0.1 1 10", f"{first} 0.1 1")
+        done = lomar("probe", words, "--data", inseparable, "--out", tmp_path / name)
+        assert done.status == 0, done.err
+        found[name] = result(tmp_path / name)
+        if name == "with":
+            lost = [head for head in found[name]["heads"] if head["held_out"]["loss"] is None]
+            assert f"{len(lost)} of 18 heads diverged and are left out, at --base-lrs {float(rate):g}\n" in done.out
+    assert lost and all(head["base_lr"] == float(rate) for head in lost) and not any(head["chosen"] for head in lost)
+    assert all(head["held_out"] == {"top1": None, "top5": None, "loss": None} for head in lost)
+    others = [
+        [{**head, "chosen": ""} for head in each["heads"] if head["base_lr"] in (0.1, 1)] for each in found.values()
+    ]
+    assert len(others[0]) == 12 and others[0] == others[1]
+    rows = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
+    assert all(isinstance(row["loss"], float) and isinstance(row["grad_norm"], float) for row in rows)
+    assert all(row["loss"] < 10 for row in rows) and all(0 <= row.get("held_out_top1", 0) <= 1 for row in rows)
+
+
+def test_where_all_heads_diverge_it_is_said(lomar, inseparable: Path, tmp_path: Path) -> None:
+    words = FAST.replace("0.1 1 10", "1e40 3e40")
+    done = lomar("probe", words, "--data", inseparable, "--out", tmp_path / "p")
+    assert done.status == 1 and done.err.count("\n") == 1 and "smaller --base-lrs may help" in done.err
+
+
+def test_of_equal_heads_the_one_with_the_lower_loss_is_best_and_one_without_is_never() -> None:
+    top1 = torch.tensor([[0.5, 0.75, math.nan], [0.75, 0.75, 0.25]])
+    loss = torch.tensor([[1.0, 3.0, math.inf], [2.0, math.nan, 0.1]])
+    assert best_head(Scores(top1, top1, loss)) == (1, 0)
+    assert best_head(Scores(top1[0], top1[0], loss[0])) == (1,)
+    assert best_head(Scores(*(torch.tensor(0.5),) * 3)) == ()
+    with pytest.raises(TrainingError, match="no classifier has a finite loss on the images that judge"):
+        best_head(Scores(top1, top1, torch.full((2, 3), math.nan)))
+
+
+def test_the_table_names_of_equal_rates_the_one_with_the_lower_loss() -> None:
+    equal = torch.full((2, 2), 0.5)
+    held = Scores(equal, equal, torch.tensor([[2.0, 1.0], [math.nan, math.inf]]))
+    inputs = [HeadInput("a", ()), HeadInput("b", ())]
+    lines = probe_results._table(inputs, [0.01, 0.2], held, held, 0)
+    assert lines[1].split() == ["a", "2e-01", "50.00", "50.00", "chosen"]
+    assert lines[2].split(maxsplit=1) == ["b", "diverged at all rates"]
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "error", "reason"),
+    [
+        (probe, "save_checkpoint", FULL, FULL.strerror),
+        (probe, "save_checkpoint", RuntimeError("[enforce fail at inline_container.cc:664]\n. file write failed"),
+         "the checkpoint is not whole, as when the disk is full"),
+        (EmbeddingWriter, "write", FULL, FULL.strerror),
+        (Metrics, "write", FULL, FULL.strerror),
+        (probe_results, "save_file", FULL, FULL.strerror),
+        (probe_results, "write_atomically", FULL, FULL.strerror),
+    ],
+)  # fmt: skip
+def test_a_full_disk_is_one_line_and_what_was_begun_goes_on(
+    place: Any,
+    name: str,
+    error: Exception,
+    reason: str,
+    lomar,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*given: Any) -> None:
+        raise error
+
+    whole, out = tmp_path / "whole", tmp_path / "p"
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, full)
+        done = lomar("probe", FAST, "--data", photos, "--out", out)
+    goes_on = f"lomar probe --out {out} --resume goes on when it can"
+    assert (done.status, done.err) == (2, f"lomar: error: --out {out} cannot be written: {reason}; {goes_on}\n")
+    assert lomar("probe --out", out, "--resume").status == 0
+    assert lomar("probe", FAST, "--data", photos, "--out", whole).status == 0
+    assert lasting(out) == lasting(whole)
 
 
 def test_unreadable_images_are_left_out_and_named(lomar, photos: Path, tmp_path: Path) -> None:
@@ -348,6 +545,22 @@ def test_a_bad_file_is_replaced_by_another_image_with_that_ones_label(lomar, pho
     assert result(tmp_path / "p")["images"]["fit"] == {"images": 9, "unusable": [str(bad)]}
 
 
+def test_a_resumed_probe_of_mae_remembers_the_bad_files(lomar, photos: Path, tmp_path: Path, stopped_at) -> None:
+    for image in photos.rglob("*.png"):
+        for part in ("train", "val"):
+            place = tmp_path / "data" / part / image.relative_to(photos)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(image)
+    bad = tmp_path / "data" / "train" / "red" / "bad.jpg"
+    bad.write_bytes(b"no image")
+    stopped_at(MaeProbe, 9, signal.SIGTERM)  # of eleven steps, four epochs of which are over
+    done = lomar("probe", MAE, "--data", tmp_path / "data", "--out", tmp_path / "p")
+    assert done.status == 143 and done.out.count("skipped an unreadable image") == 1
+    done = lomar("probe --out", tmp_path / "p", "--resume")
+    assert done.status == 0 and "skipped" not in done.out
+    assert result(tmp_path / "p")["images"]["fit"] == {"images": 9, "unusable": [str(bad)]}
+
+
 class WithCls(nn.Module):
     num_prefix_tokens, cls_token, feature_info = 1, 0.0, ({},) * 12
 
@@ -374,10 +587,13 @@ def test_on_fewer_images_a_step_has_maes_rate_and_an_epoch_its_steps(count: int,
     assert choose({"protocol": "mae", "batch_size": 512}, WithCls(), count)["base_lrs"].value == (3.2,)
 
 
-@pytest.mark.parametrize(("count", "batch", "epochs"), [(100, 32, 39.0625), (8522, 128, 50), (1_281_167, 1024, 10)])
+@pytest.mark.parametrize(
+    ("count", "batch", "epochs"),
+    [(100, 32, 50), (8522, 128, 50), (17_000, 256, 50), (600_000, 1024, 21.333), (1_281_167, 1024, 10)],
+)
 def test_the_sweep_takes_as_many_steps_as_dinov2_within_limits(count: int, batch: int, epochs: float) -> None:
     chosen = {name: each.value for name, each in choose({}, WithCls(), count).items()}
-    assert chosen["batch_size"] == batch and chosen["epochs"] == pytest.approx(min(50, max(10, epochs)), rel=0.3)
+    assert chosen["batch_size"] == batch and chosen["epochs"] == epochs
     assert chosen["layers"] == (9, 10, 11, 12) and len(chosen["base_lrs"]) == 13
 
 
@@ -416,8 +632,10 @@ def test_the_sweep_takes_as_many_steps_as_dinov2_within_limits(count: int, batch
         ),
         (
             "--data {here}/bad",
-            "--data {here}/bad: none of the 2 images of val can be used, for example {here}/bad/val/a/1.jpg",
+            "--data {here}/bad: none of 2 val images can be read, for example {here}/bad/val/b/1.jpg: the content is "
+            "not an image, despite .jpg",
         ),
+        ("--epochs 1 --warmup-epochs 5", "--warmup-epochs 5 is more than --epochs 1"),
         ("--resume", "--out {here}/p holds no run to resume: there is no config.yaml in it"),
         ("--out {here}/flat/1.jpg", "--out {here}/flat/1.jpg is a file; it must be a folder"),
     ],
@@ -433,6 +651,59 @@ def test_bad_input_is_one_line(lomar, photos: Path, tmp_path: Path, words: str, 
     parts = [part for flag, value in rest.items() if flag not in words for part in (flag, value)]
     done = lomar("probe", QUICK, *parts, given)
     assert (done.status, done.err) == (2, f"lomar: error: {message.replace('{here}', str(tmp_path))}\n")
+    assert not (tmp_path / "p").exists()  # nothing is in the way of the next try
+
+
+def test_images_held_out_none_of_which_can_be_read_are_named_as_such(lomar, photos: Path, tmp_path: Path) -> None:
+    words = f"{FAST} --seed 0"
+    fit, held = held_out(labelled_data(str(photos), SPLIT_SEED).train, 0.1, 0, "probe")
+    bad = {held.source.name(index) for index in range(len(held))}
+    for part, labelled in (("train", fit), ("train", held), ("val", labelled_data(str(photos), SPLIT_SEED).val)):
+        for index in range(len(labelled)):
+            place = tmp_path / "data" / part / Path(labelled.source.name(index)).relative_to(photos)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(
+                b"" if labelled.source.name(index) in bad else Path(labelled.source.name(index)).read_bytes()
+            )
+    done = lomar("probe", words, "--data", tmp_path / "data", "--out", tmp_path / "p")
+    assert done.status == 2 and "none of 2 images held out of train can be read, for example " in done.err
+    assert done.err.endswith(": empty file\n") and not (tmp_path / "p").exists()
+
+
+def test_a_run_of_another_command_is_not_resumed(lomar, finished_run: Path) -> None:
+    done = lomar("probe --resume --out", finished_run)
+    assert done.err.startswith(f"lomar: error: --out {finished_run} holds a run of ") and "--config" not in done.err
+
+
+def test_val_judges_in_the_place_of_what_data_has(
+    lomar, photos: Path, tmp_path: Path, stopped_at, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "judges").mkdir()
+    (tmp_path / "judges" / "red").symlink_to(photos / "red")
+    monkeypatch.chdir(tmp_path)
+    stopped_at(SweepProbe, 2, signal.SIGTERM)
+    assert lomar("probe", FAST, "--data", photos, "--val judges --out p").status == 143
+    monkeypatch.chdir(photos)
+    assert lomar("probe --resume --out", tmp_path / "p").status == 0
+    images = result(tmp_path / "p")["images"]
+    assert {name: part["images"] for name, part in images.items()} == {"fit": 6, "held_out": 2, "val": 4}
+
+
+def test_a_seed_changes_what_is_held_out_and_not_what_judges(
+    lomar, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, list[str]]] = []
+
+    def kept(settled: SettledProbe) -> None:
+        parts = {name: part.labelled.source for name, part in settled.parts().items()}
+        seen.append({name: [source.name(i) for i in range(len(source))] for name, source in parts.items()})
+        raise UserError("enough")
+
+    monkeypatch.setattr(probe_settling, "_check_readable", kept)
+    for seed in range(4):
+        lomar("probe", FAST, "--data", photos, "--out", tmp_path / "p", f"--seed {seed}")
+    assert len(seen) == 4 and all(each["val"] == seen[0]["val"] for each in seen)
+    assert any(each["held"] != seen[0]["held"] for each in seen)
 
 
 def test_missing_options_are_named(lomar) -> None:
@@ -457,7 +728,7 @@ def test_what_is_in_out_is_kept_unless_it_is_a_probe_to_be_overwritten(
     assert (out / "mine.txt").exists() and result(out)["options"]["seed"] == 1
     held = sorted(path.name for path in finished_run.iterdir())
     done = lomar("probe", FAST, "--data", photos, "--out", finished_run, "--overwrite")
-    assert done.err == f"lomar: error: --out {finished_run} holds a run that is no probe; give another folder\n"
+    assert done.status == 2 and done.err.startswith(f"lomar: error: --out {finished_run} holds a run of ")
     assert sorted(path.name for path in finished_run.iterdir()) == held
 
 
@@ -481,6 +752,6 @@ def test_a_resumed_probe_keeps_its_options_images_and_weights(
     told = {name: value for name, value in metadata.items() if name not in ("kind", "version")}
     save_file(run / "encoder.safetensors", tensors, "encoder", told)
     assert lomar("probe --resume --out", out).err == (
-        f"lomar: error: the encoder's weights or the images are not those that {out} began with; bring them back, or "
-        "start anew with --overwrite\n"
+        f"lomar: error: the encoder's weights, the names of the images or their labels are not those that {out} began "
+        "with; bring them back, or start anew with --overwrite\n"
     )

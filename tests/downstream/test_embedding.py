@@ -160,6 +160,21 @@ def test_it_goes_on_with_the_same_alone(ending: str, now: Plan, message: str, tm
     assert message.format(out=out) in str(refused.value)
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_model_or_images_of_another_name_go_on_under_the_first(ending: str, tmp_path: Path) -> None:
+    """Their digests tell that they are the same: they moved, or are named from another folder."""
+    out, moved = tmp_path / f"a.{ending}", plan(model="./a/longer/name/of/vit", root="/photos/moved")
+    writer = EmbeddingWriter.begin(out, plan())
+    writer.write(rows()[:3], GOOD[:3])
+    writer.keep()
+    writer.close()
+    again = EmbeddingWriter.resume(out, moved)
+    again.write(rows()[3:], GOOD[3:])
+    again.finish()
+    assert out.read_bytes() == written(tmp_path / f"whole.{ending}").read_bytes()
+    check_finished(out, moved)
+
+
 def test_nothing_begun_cannot_be_resumed(tmp_path: Path) -> None:
     out = tmp_path / "a.npz"
     with pytest.raises(
@@ -228,7 +243,7 @@ def tensors(path: Path, metadata: dict[str, str], **arrays: np.ndarray) -> None:
     safetensors.numpy.save_file(arrays, path, metadata)
 
 
-@pytest.mark.parametrize("content", ["text", "empty", "tensors", "encoder", "list", "npz", "cut", "photo.zip"])
+@pytest.mark.parametrize("content", ["text", "empty", "tensors", "encoder", "list", "npz", "photo.zip"])
 def test_what_is_no_embedding_is_one_line(content: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     x = np.zeros((3, 2), np.float32)
@@ -245,14 +260,38 @@ def test_what_is_no_embedding_is_one_line(content: str, tmp_path: Path) -> None:
     elif content == "npz":
         np.savez(tmp_path / "file.npz", features=x)
         path = tmp_path / "file.npz"
-    elif content == "cut":
-        path.write_bytes(written(tmp_path / "a.safetensors").read_bytes()[:-3])
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("photo.png", b"no")
     with pytest.raises(UserError) as refused:
         read_embedding(path)
     assert str(refused.value) == f"{path} is no embedding; lomar embed writes one, as .safetensors or .npz"
+
+
+@pytest.mark.parametrize("lost", [1, 3, 50, 100, 150])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_has_lost_its_end_is_said_to_be_cut_short(ending: str, lost: int, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(written(tmp_path / f"a.{ending}").read_bytes()[:-lost])
+    with pytest.raises(UserError) as refused:
+        read_embedding(path)
+    assert str(refused.value) == f"{path} is an embedding that is cut short; copy it again, or make it anew"
+
+
+@pytest.mark.filterwarnings("ignore:Reading `.npy`:UserWarning")
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_whichever_byte_is_wrong_it_is_read_or_one_line(ending: str, tmp_path: Path) -> None:
+    whole = written(tmp_path / f"a.{ending}").read_bytes()
+    path = tmp_path / "file"
+    damaged = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x28]) + whole[place + 1 :])
+        try:
+            read_embedding(path)
+        except UserError as error:
+            assert str(error).startswith(f"{path} is ") and "\n" not in str(error)
+            damaged += "is damaged" in str(error)
+    assert damaged > 30 or ending == "safetensors"
 
 
 def test_what_is_not_there_or_does_not_fit_together_is_one_line(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from lomar.downstream import knn
-from lomar.downstream.knn import effective_rank, knn_top1
+from lomar.downstream.knn import effective_rank, knn_top1, neighbour_accuracy
 
 
 def clusters(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +53,7 @@ def test_chunks_do_not_change_the_share(monkeypatch: pytest.MonkeyPatch) -> None
     whole = knn_top1(bank, bank_labels, queries, query_labels)
     monkeypatch.setattr(knn, "SIMILARITIES_PER_CHUNK", 97 * 10)
     assert knn_top1(bank, bank_labels, queries, query_labels) == whole
+    assert neighbour_accuracy(bank, bank_labels, queries, query_labels, [3, 20])[20][0] == whole
 
 
 def test_k_is_limited_to_the_bank_and_an_unknown_label_is_a_miss() -> None:
@@ -79,6 +80,31 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         knn_top1(bank, labels, queries, torch.ones(2), k=k)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.2])
+def test_both_accuracies_of_several_k_are_those_of_scikit_learn(temperature: float) -> None:
+    bank, labels = clusters(61, seed=8)
+    queries, wanted = clusters(103, seed=9)
+    labels, wanted = labels * 3 + 1, wanted * 3 + 1  # labels need not be 0, 1, 2
+    found = neighbour_accuracy(bank, labels, queries, wanted, [13, 1, 40], temperature)
+    assert list(found) == [13, 1, 40]
+    unit = [x / x.norm(dim=1, keepdim=True) for x in (bank, queries)]
+    for k, (first, few) in found.items():
+        judge = KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / temperature)
+        ).fit(unit[0], labels)
+        shares = judge.predict_proba(unit[1])
+        order = np.argsort(-shares, axis=1, kind="stable")
+        right = (judge.classes_[order] == wanted.numpy()[:, None]) & (np.take_along_axis(shares, order, axis=1) > 0)
+        assert first == pytest.approx(right[:, 0].mean())
+        assert few == pytest.approx(right[:, :5].any(axis=1).mean())
+        assert k == 1 or 0.3 < first < few < 1
+
+
+def test_a_class_without_a_vote_is_not_among_the_five() -> None:
+    (first, few), *_ = neighbour_accuracy(*clusters(61, seed=10), *clusters(23, seed=11), [1]).values()
+    assert first == few < 1
 
 
 def test_orthogonal_features_have_full_rank() -> None:

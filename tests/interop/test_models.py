@@ -17,6 +17,8 @@ from timm.models import save_for_hf
 from lomar.errors import UserError
 from lomar.interop import models
 from lomar.interop.models import check_size, input_of, open_model, size_given
+from lomar.interop.weights import CLASSIFIER_FILE, ENCODER_FILE
+from lomar.model import Encoder
 
 
 def told(name: str, image_size: tuple[int, ...] | None = None) -> str:
@@ -193,6 +195,21 @@ def test_what_a_library_raises_becomes_one_line_and_its_logs_stay_as_they_were(
 )
 def test_names_of_nothing(name: str, message: str) -> None:
     assert told(name) == message
+
+
+@pytest.mark.parametrize("name", ["vit_smal_patch16_224", "vit_smal_patch16_224.augreg_in1k"])
+def test_of_a_name_with_a_slip_the_right_one_is_told(name: str) -> None:
+    assert told(name).startswith(
+        f"--model {name}: there is no such run or file, and timm knows no such model; timm has vit_small_patch16_224, "
+    )
+
+
+@pytest.mark.parametrize("file", [ENCODER_FILE, CLASSIFIER_FILE])
+def test_a_run_into_which_somebody_exported_stays_a_run(file: str, finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes((finished_run / "encoder.safetensors").read_bytes())
+    save_for_hf(timm.create_model("test_vit", num_classes=7), tmp_path, model_config={"num_classes": 7})
+    assert isinstance(open_model(str(tmp_path)).model, Encoder)
+    assert not isinstance(open_model(f"local-dir:{tmp_path}").model, Encoder)
 
 
 def test_folders_of_nothing(tmp_path: Path) -> None:

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lomar import __version__
-from lomar.commands.frozen import FrozenEncoder, open_frozen, watched, weights_digest
-from lomar.data.augment import centre_crop
-from lomar.data.decode import read_image
+from lomar.commands.frozen import FrozenEncoder, check_readable, open_frozen, watched, weights_digest, why
 from lomar.data.sources import ImageSource, open_source
-from lomar.data.survey import reason_for, spread
 from lomar.downstream.embedding import begun
 from lomar.downstream.embedding_writer import (
     ENDINGS,
@@ -25,13 +22,11 @@ from lomar.downstream.embedding_writer import (
     discard,
 )
 from lomar.downstream.features import Wanted, layer_count
-from lomar.errors import BadImageError, UserError
+from lomar.errors import UserError
 from lomar.interop.models import patch_size_of
 from lomar.options import EmbedOptions
 from lomar.training.loop import StopRequest
 
-_LOOKED_AT = 64  # images that are read before the work; if none of them can be, there is no sense in going on
-_NAMED_FILES = 3  # of those that cannot be used
 _BATCH_SIZE = 64
 # Patches an image may have at that batch size: attention may keep a number for each pair of them, in each head.
 _PATCHES = {"cpu": 256, "cuda": 1024}
@@ -55,7 +50,7 @@ def command(given: Mapping[str, Any]) -> int:
         precision=options.precision,
         workers=options.workers,
     )
-    _check_readable(source, encoder)
+    check_readable(source, encoder, "--data", "files")
     batch_size = options.batch_size or _batch_size(encoder)
     plan = _plan(options, encoder, source, batch_size)
     if options.resume and out.exists() and begun(out) is None:
@@ -90,32 +85,6 @@ def _check_out(out: Path, options: EmbedOptions) -> None:
         raise UserError(f"--out {out} was begun and has {rows} rows; --resume goes on, --overwrite starts anew")
     if out.exists():
         raise UserError(f"--out {out} exists; --overwrite replaces it")
-
-
-def _check_readable(source: ImageSource, encoder: FrozenEncoder) -> None:
-    """Refuse images of which none can be read, before hours are spent on finding that out.
-
-    Raises:
-        UserError: naming one and the reason.
-    """
-    reason = ""
-    looked_at = spread(len(source), _LOOKED_AT)
-    for index in looked_at:
-        reason = _unreadable(source, index, encoder)
-        if not reason:
-            return
-    raise UserError(f"--data: none of {len(looked_at)} files can be read, for example {source.name(index)}: {reason}")
-
-
-def _unreadable(source: ImageSource, index: int, encoder: FrozenEncoder) -> str:
-    """Why an image cannot be read; empty if it can."""
-    size = encoder.input.size
-    try:
-        image = read_image(source.read(index), source.name(index))
-        image.crop(centre_crop(image.height, image.width, size, encoder.input.crop_pct), size, encoder.fmt)
-    except (BadImageError, OSError) as error:
-        return reason_for(error)
-    return ""
 
 
 def _batch_size(encoder: FrozenEncoder) -> int:
@@ -213,22 +182,13 @@ def _embed(
         bad = (~writer.good()).nonzero()[0].tolist()
         if len(bad) == plan.count:
             discard(out)
-            raise UserError(f"--data: none of {plan.count} images can be used: {_why(source, bad, encoder)}")
+            raise UserError(f"--data: none of {plan.count} images can be used: {why(source, bad, encoder)}")
         writer.finish()
     rate = (plan.count - first) / max(1e-9, time.monotonic() - began)
     sys.stdout.write(f"{out}: {plan.count} rows, {rate:.0f} images/s\n")
     if bad:
         sys.stdout.write(
             f"{len(bad)} of {plan.count} images cannot be used; their rows are zeros and not good: "
-            f"{_why(source, bad, encoder)}\n"
+            f"{why(source, bad, encoder)}\n"
         )
     return 0
-
-
-def _why(source: ImageSource, bad: Sequence[int], encoder: FrozenEncoder) -> str:
-    """The first few images that cannot be used, each with the reason."""
-    named = [
-        f"{source.name(index)} ({_unreadable(source, index, encoder) or 'its features are not finite'})"
-        for index in bad[:_NAMED_FILES]
-    ]
-    return ", ".join(named) + (" and more" if len(bad) > _NAMED_FILES else "")

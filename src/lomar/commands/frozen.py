@@ -14,9 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from lomar.commands.automatic import Hardware, find_hardware
-from lomar.data.decode import PixelFormat
+from lomar.data.augment import centre_crop
+from lomar.data.decode import PixelFormat, read_image
+from lomar.data.labels import Labelled
 from lomar.data.loader import centre_crops
 from lomar.data.sources import ImageSource
+from lomar.data.survey import reason_for, spread
 from lomar.downstream.features import (
     Wanted,
     feature_reader,
@@ -26,13 +29,35 @@ from lomar.downstream.features import (
     layer_count,
     undisturbed,
 )
-from lomar.errors import UserError
+from lomar.downstream.knn import FEW
+from lomar.errors import BadImageError, UserError
 from lomar.interop.models import Input, open_model
 
+INTERPOLATION = "bicubic"  # of every crop, whatever a model of timm names as its own
+FEW_FROM = 2 * FEW  # classes from which top-5 says something
+_LOOKED_AT = 64  # images that are read before the work; if none of them can be, there is no sense in going on
 _NAMED_FILES = 3  # of those that cannot be used
 _PLAIN_LINE_S = 30.0  # between two lines of progress where there is no terminal
 
 Batches = Generator[tuple[list[Tensor], Tensor], None, None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the labelled images, as messages name them.
+
+    Args:
+        labelled: the images.
+        name: such as "val images".
+        where: the option they came from, and its value.
+    """
+
+    labelled: Labelled
+    name: str
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.labelled)
 
 
 @dataclass(frozen=True)
@@ -173,25 +198,65 @@ def watched(batches: Batches, what: str, total: int, first: int = 0) -> Batches:
                 told = now
 
 
-def unusable(source: ImageSource, good: Tensor) -> list[str]:
-    """Names of the images that cannot be read, or whose features are not finite."""
-    return [source.name(index) for index in (~good).nonzero().flatten().tolist()]
+def check_readable(source: ImageSource, encoder: FrozenEncoder, where: str, name: str) -> None:
+    """Refuse images of which none can be read, before hours are spent on finding that out.
 
-
-def report_unusable(names: Sequence[str], total: int, what: str, say: Callable[[str], object]) -> None:
-    """One line on images that are left out, if there are any."""
-    if names:
-        shown = ", ".join(names[:_NAMED_FILES]) + (" and more" if len(names) > _NAMED_FILES else "")
-        say(f"{len(names)} of {total} {what} images cannot be used and are left out: {shown}")
-
-
-def require_some(good: Tensor, source: ImageSource, where: str, purpose: str) -> None:
-    """Refuse images none of which can be used.
+    Args:
+        source: the images; up to 64 of them are read, and none after the first that can be.
+        encoder: what they are for.
+        where: the option they came from, for the message.
+        name: what they are, likewise.
 
     Raises:
-        UserError: naming one.
+        UserError: naming one and the reason.
     """
-    if not good.any():
-        raise UserError(
-            f"{where}: none of the {len(source)} images {purpose} can be used, for example {source.name(0)}"
-        )
+    looked_at = spread(len(source), _LOOKED_AT)
+    reason = ""
+    for index in looked_at:
+        reason = unreadable(source, index, encoder)
+        if not reason:
+            return
+    raise UserError(
+        f"{where}: none of {len(looked_at)} {name} can be read, for example {source.name(looked_at[-1])}: {reason}"
+    )
+
+
+def unreadable(source: ImageSource, index: int, encoder: FrozenEncoder) -> str:
+    """Why an image cannot be read; empty if it can."""
+    size = encoder.input.size
+    try:
+        image = read_image(source.read(index), source.name(index))
+        image.crop(centre_crop(image.height, image.width, size, encoder.input.crop_pct), size, encoder.fmt)
+    except (BadImageError, OSError) as error:
+        return reason_for(error)
+    return ""
+
+
+def why(source: ImageSource, bad: Sequence[int], encoder: FrozenEncoder) -> str:
+    """The first few images that cannot be used, each with the reason."""
+    named = [
+        f"{source.name(index)} ({unreadable(source, index, encoder) or 'its features are not finite'})"
+        for index in bad[:_NAMED_FILES]
+    ]
+    return ", ".join(named) + (" and more" if len(bad) > _NAMED_FILES else "")
+
+
+def left_out(part: Part, good: Tensor, encoder: FrozenEncoder, say: Callable[[str], object]) -> list[str]:
+    """Names of the images that cannot be read, or whose features are not finite; the first few are told with reasons.
+
+    Args:
+        part: the images.
+        good: bool (N,), which can be used.
+        encoder: what they are for.
+        say: tells a line.
+
+    Raises:
+        UserError: none can be used.
+    """
+    source = part.labelled.source
+    bad = (~good).nonzero().flatten().tolist()
+    if len(bad) == len(part):
+        raise UserError(f"{part.where}: none of {len(part)} {part.name} can be used: {why(source, bad, encoder)}")
+    if bad:
+        say(f"{len(bad)} of {len(part)} {part.name} cannot be used and are left out: {why(source, bad, encoder)}")
+    return [source.name(index) for index in bad]

@@ -14,26 +14,26 @@ from torch import Tensor
 
 from lomar import __version__
 from lomar.commands.frozen import (
+    FEW_FROM,
+    INTERPOLATION,
     FrozenEncoder,
+    Part,
     check_features,
+    check_readable,
+    left_out,
     open_frozen,
-    report_unusable,
-    require_some,
-    unusable,
     watched,
 )
-from lomar.data.labels import Labelled, LabelledData, labelled_data
+from lomar.data.labels import SPLIT_SEED, LabelledData, labelled_data
 from lomar.downstream.features import Wanted, layer_count
-from lomar.downstream.neighbours import FEW, neighbour_accuracy
+from lomar.downstream.knn import neighbour_accuracy
 from lomar.errors import UserError
 from lomar.files import write_atomically
 from lomar.options import KnnOptions
 
-FEW_FROM = 2 * FEW  # classes from which top-5 says something
-
 
 @dataclass(frozen=True)
-class _Part:
+class _Features:
     """Features of the images that can be used: one (N, D) for each layer; their labels (N,); names of the others."""
 
     features: list[Tensor]
@@ -50,7 +50,7 @@ def command(given: Mapping[str, Any]) -> int:
     out = Path(options.out) if options.out else None
     if out and out.exists():
         raise UserError(f"--out {out} already exists; give another file, or remove it")
-    data = labelled_data(options.data, options.seed)
+    data = labelled_data(options.data, SPLIT_SEED, options.val)
     encoder = open_frozen(
         options.model,
         options.image_size,
@@ -63,14 +63,20 @@ def command(given: Mapping[str, Any]) -> int:
     check_features(encoder.model, [options.features], layers)
     wanted = [Wanted(options.features, layer) for layer in layers]
     encoder.shapes(wanted)  # refuses what the model cannot give, before the work
-    began = time.monotonic()
+    if max(options.k) > len(data.train):
+        raise UserError(f"--k {max(options.k)}: there are {len(data.train)} train images to be neighbours")
+    where = f"--data {options.data}"
     # First those that are asked about: usually they are fewer, so that what is wrong with the images shows early.
-    val = _part(encoder, data.val, wanted, options, "val")
-    train = _part(encoder, data.train, wanted, options, "train")
+    parts = [
+        Part(data.val, "val images", f"--val {options.val}" if options.val else where),
+        Part(data.train, "train images", where),
+    ]
+    for part in parts:
+        check_readable(part.labelled.source, encoder, part.where, part.name)
+    began = time.monotonic()
+    val, train = (_features(encoder, part, wanted, options.batch_size) for part in parts)
     images_per_s = (len(data.train) + len(data.val)) / (time.monotonic() - began)
-    ks = sorted(set(options.k))
-    if ks[-1] > len(train.labels):
-        raise UserError(f"--k {ks[-1]}: there are {len(train.labels)} train images to be neighbours")
+    ks = _ks(options.k, len(train.labels))
     found = _accuracies(encoder, layers, train, val, ks, options.temperature)
     sys.stdout.write(_table(encoder, data, train, val, options, found, images_per_s))
     if out:
@@ -79,6 +85,8 @@ def command(given: Mapping[str, Any]) -> int:
             "options": asdict(options),
             "model": type(encoder.model).__name__,
             "image_size": encoder.input.size,
+            "crop": encoder.input.crop_pct,
+            "interpolation": INTERPOLATION,
             "precision": encoder.precision,
             "device": encoder.hardware.name,
             "classes": data.classes,
@@ -96,7 +104,7 @@ def command(given: Mapping[str, Any]) -> int:
     return 0
 
 
-def _part(encoder: FrozenEncoder, part: Labelled, wanted: Sequence[Wanted], options: KnnOptions, what: str) -> _Part:
+def _features(encoder: FrozenEncoder, part: Part, wanted: Sequence[Wanted], batch_size: int) -> _Features:
     """Features of a part's images.
 
     Raises:
@@ -104,22 +112,36 @@ def _part(encoder: FrozenEncoder, part: Labelled, wanted: Sequence[Wanted], opti
     """
     features: list[list[Tensor]] = []
     goods: list[Tensor] = []
-    batches = encoder.features(part.source, wanted, options.batch_size)
-    with encoder.autocast(), closing(watched(batches, f"{what} images", len(part))) as seen:
+    batches = encoder.features(part.labelled.source, wanted, batch_size)
+    with encoder.autocast(), closing(watched(batches, part.name, len(part))) as seen:
         for found, usable in seen:
             features.append(found)
             goods.append(usable)
     good = torch.cat(goods)
-    require_some(good, part.source, f"--data {options.data}", f"of {what}")
-    names = unusable(part.source, good)
-    report_unusable(names, len(part), what, lambda text: sys.stderr.write(f"lomar: {text}\n"))
-    return _Part(
-        [torch.cat(kind)[good] for kind in zip(*features, strict=True)], torch.from_numpy(part.labels)[good], names
-    )
+    names = left_out(part, good, encoder, _warn)
+    labels = torch.from_numpy(part.labelled.labels)
+    return _Features([torch.cat(kind)[good] for kind in zip(*features, strict=True)], labels[good], names)
+
+
+def _ks(asked: Sequence[int], usable: int) -> list[int]:
+    """The numbers of neighbours, in order; where fewer images can be used, all of these vote."""
+    for k in sorted(set(asked)):
+        if k > usable:
+            _warn(f"--k {k}: {usable} train images can be used, and all of them vote")
+    return sorted({min(k, usable) for k in asked})
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"lomar: {text}\n")
 
 
 def _accuracies(
-    encoder: FrozenEncoder, layers: Sequence[int], train: _Part, val: _Part, ks: Sequence[int], temperature: float
+    encoder: FrozenEncoder,
+    layers: Sequence[int],
+    train: _Features,
+    val: _Features,
+    ks: Sequence[int],
+    temperature: float,
 ) -> list[dict[str, Any]]:
     """A row for each layer and k; neighbours are looked for on the encoder's device."""
     device = encoder.device
@@ -135,8 +157,8 @@ def _accuracies(
 def _table(
     encoder: FrozenEncoder,
     data: LabelledData,
-    train: _Part,
-    val: _Part,
+    train: _Features,
+    val: _Features,
     options: KnnOptions,
     found: Sequence[Mapping[str, Any]],
     images_per_s: float,
@@ -144,7 +166,7 @@ def _table(
     """What was asked of whom, then a line for each layer and k, in per cent."""
     height, width = encoder.input.size
     few = len(data.classes) >= FEW_FROM
-    drawn = f" (a fifth of the images, drawn with --seed {options.seed})" if data.drawn else ""
+    drawn = " (a fifth, drawn from all)" if data.drawn else ""
     lines = [
         f"{options.model}: {options.features} features of {height} x {width} px images, {encoder.precision} on "
         f"{encoder.hardware.name}, {images_per_s:.0f} images a second",

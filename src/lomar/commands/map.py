@@ -38,13 +38,16 @@ def command(given: Mapping[str, Any]) -> int:
     out = Path(options.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out is {options.out}; it must end in .png")
+    beside = out.with_name(f"{out.stem}-nearest.png")
+    for picture in (out, beside):
+        if picture.exists() and not options.overwrite:
+            raise UserError(f"--out: {picture} already exists; --overwrite replaces it")
     embedding = read_embedding(options.embedding)
     usable = _usable(embedding, options.embedding)
     photos = _Photos(embedding, _root(embedding, options.data))
     queries = _queries(embedding, usable, options.queries, photos.root)
     drawn, about_map = _map(embedding, usable, photos, options)
     sheet, about_sheet = _sheet(embedding, photos, queries, options.neighbours)
-    beside = out.with_name(f"{out.stem}-nearest.png")
     try:
         save_png(drawn, out)
         save_png(sheet, beside)

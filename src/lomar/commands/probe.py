@@ -3,19 +3,22 @@
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lomar.commands.automatic import find_hardware
-from lomar.commands.frozen import report_unusable
-from lomar.commands.probe_cache import Cached, StoppedError, cached_features, number_type
+from lomar.commands.frozen import Part
+from lomar.commands.probe_cache import Cached, StoppedError, cache_plan, cached_features, number_type
 from lomar.commands.probe_learning import Learner, MaeProbe, SweepProbe
 from lomar.commands.probe_results import HEAD_FILE, RESULT_FILE, finish_mae, finish_sweep
 from lomar.commands.probe_settling import SettledProbe, asked_for_probe, settle, settle_again
 from lomar.commands.runs import CONFIG_FILE, begin, make_fabric
-from lomar.data.labels import Labelled
+from lomar.downstream.embedding import partial_of
+from lomar.downstream.embedding_writer import discard
 from lomar.downstream.probe import Columns, head_inputs, parts_of
 from lomar.errors import TrainingError, UserError
 from lomar.training.checkpoint import load_checkpoint, save_checkpoint
@@ -24,9 +27,18 @@ from lomar.training.optim import Schedule
 from lomar.training.records import LOG_FILE, Display, Metrics, Row, close_log
 
 METRICS_FILE = "metrics.jsonl"
-CACHES = {part: f"features-{part}.npy" for part in ("fit", "held", "val")}
+CACHES = {part: f"features-{part}.safetensors" for part in ("fit", "held", "val")}
 # Everything a probe may hold; --overwrite deletes these and nothing else.
-PROBE_FILES = (CONFIG_FILE, METRICS_FILE, str(CHECKPOINT.parent), *CACHES.values(), HEAD_FILE, RESULT_FILE, LOG_FILE)
+PROBE_FILES = (
+    CONFIG_FILE,
+    METRICS_FILE,
+    str(CHECKPOINT.parent),
+    *CACHES.values(),
+    *(partial_of(Path(name)).name for name in CACHES.values()),
+    HEAD_FILE,
+    RESULT_FILE,
+    LOG_FILE,
+)
 EVALUATIONS = 10  # of a probe, evenly spread
 CHECKPOINT_MINUTES = 10.0
 ROWS_AT_ONCE = 50  # of the metrics, written together
@@ -72,6 +84,7 @@ class _Probe:
         self.where = "before the first step"
         self.bad: set[str] = set()
         self._fingerprint = settled.fingerprint()
+        self._dtype = np.dtype("float32")  # of the features
         self._state: dict[str, Any] = {}  # of the checkpoint
 
     def run(self) -> bool:
@@ -81,9 +94,10 @@ class _Probe:
             UserError: the probe cannot go on from what is in its folder, or there is too little memory.
             TrainingError: the loss is not finite.
         """
-        self._begin_or_restore()
         parts = parts_of(self.inputs)
         columns = Columns(parts, [width for (width,) in self.settled.encoder.shapes(parts)])
+        with self._writing():
+            self._begin_or_restore(columns.total)
         try:
             caches = self._caches(columns)
         except StoppedError:
@@ -95,58 +109,67 @@ class _Probe:
                 self.where = f"after step {self.step}"
                 return False
             about = {"steps": self.step, "training_s": round(self.elapsed_s, 1)}
-            if isinstance(learner, SweepProbe):
-                told = finish_sweep(learner, caches, self.settled, self.folder, about)
-            else:
-                told = finish_mae(learner, caches, self.settled, self.folder, about, sorted(self.bad))
+            with self._writing():
+                if isinstance(learner, SweepProbe):
+                    told = finish_sweep(learner, caches, self.settled, self.folder, about)
+                else:
+                    told = finish_mae(learner, caches, self.settled, self.folder, about, sorted(self.bad))
             self.display.say(told)
         _clear(self.folder)
         return True
 
-    def _begin_or_restore(self) -> None:
+    def _begin_or_restore(self, width: int) -> None:
+        """Back to the last checkpoint, or the first one written.
+
+        Args:
+            width: numbers of an image that are kept.
+        """
         path = self.folder / CHECKPOINT
-        if path.exists():
-            state = load_checkpoint(path)
-            if state.get("fingerprint") != self._fingerprint:
-                raise UserError(
-                    f"the encoder's weights or the images are not those that {self.folder} began with; bring them "
-                    "back, or start anew with --overwrite"
-                )
-            self._state, self.step, self.elapsed_s = state, state["step"], state["elapsed_s"]
-            Metrics.cut(self.metrics.path, after_step=self.step)
-        else:
-            for name in (*CACHES.values(), METRICS_FILE):  # of a probe that was killed before its first checkpoint
+        if not path.exists():
+            for name in CACHES.values():  # of a probe that was killed before its first checkpoint
                 (self.folder / name).unlink(missing_ok=True)
-            save_checkpoint(path, {"fingerprint": self._fingerprint, "step": 0, "elapsed_s": 0.0})
+                discard(self.folder / name)
+            self.metrics.path.unlink(missing_ok=True)
+            # Settled here, since other memory is free when the probe is resumed.
+            self._dtype = number_type(sum(map(len, self._kept().values())), width, _free_bytes())
+            self._save()
+            return
+        state = load_checkpoint(path)
+        if state.get("fingerprint") != self._fingerprint:
+            raise UserError(
+                f"the encoder's weights, the names of the images or their labels are not those that {self.folder} "
+                "began with; bring them back, or start anew with --overwrite"
+            )
+        try:
+            self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+            self._dtype, self.bad = np.dtype(state["dtype"]), set(state["bad"])
+        except (KeyError, TypeError) as error:
+            raise self._other_checkpoint() from error
+        self._state = state
+        Metrics.cut(self.metrics.path, after_step=self.step)
+
+    def _other_checkpoint(self) -> UserError:
+        return UserError(f"{self.folder / CHECKPOINT} does not fit this probe; start anew with --overwrite")
+
+    def _kept(self) -> dict[str, Part]:
+        """Images whose features are made once: of the sweep, all; of MAE's probe, those that judge."""
+        parts = self.settled.parts()
+        return {"val": parts["val"]} if self.settled.held is None else parts
 
     def _caches(self, columns: Columns) -> dict[str, Cached]:
-        """The features that are made once: of the sweep, all; of MAE's probe, those of the images that judge."""
-        settled, encoder = self.settled, self.settled.encoder
-        wanted: dict[str, Labelled] = {"val": settled.data.val}
-        if settled.held is not None:
-            wanted |= {"held": settled.held, "fit": settled.fit}
-        rows = sum(map(len, wanted.values()))
-        dtype = number_type(rows, columns.total, _free_bytes())
+        kept, encoder, wanted = self._kept(), self.settled.encoder, parts_of(self.inputs)
+        rows = sum(map(len, kept.values()))
         self.display.say(
-            f"features of {rows} images, {columns.total} numbers each, are kept as {dtype}: "
-            f"{rows * columns.total * dtype.itemsize / 1e6:.0f} MB in memory and, until the probe is done, "
+            f"features of {rows} images, {columns.total} numbers each, are kept as {self._dtype}: "
+            f"{rows * columns.total * self._dtype.itemsize / 1e6:.0f} MB in memory and, until the probe is done, "
             f"in {self.folder}"
         )
         caches = {}
-        for name, labelled in wanted.items():
-            where, what = f"--data {self.options.data}", "val" if name == "val" else "train"
-            caches[name] = cached_features(
-                encoder,
-                labelled,
-                parts_of(self.inputs),
-                columns.total,
-                dtype,
-                self.folder / CACHES[name],
-                what,
-                where,
-                self.stop,
-            )
-            report_unusable(caches[name].unusable, len(labelled), what, self.display.say)
+        for name, part in kept.items():
+            plan = cache_plan(part, wanted, columns.total, self._dtype, self._fingerprint)
+            path = self.folder / CACHES[name]
+            with self._writing():
+                caches[name] = cached_features(encoder, part, wanted, plan, path, self.display.say, self.stop)
         return caches
 
     def _learner(self, caches: Mapping[str, Cached], columns: Columns) -> SweepProbe | MaeProbe:
@@ -169,7 +192,7 @@ class _Probe:
                 learner.restore(self._state)
             except (KeyError, RuntimeError, ValueError) as error:
                 learner.close()
-                raise UserError(f"{self.folder / CHECKPOINT} does not fit this probe") from error
+                raise self._other_checkpoint() from error
         return learner
 
     def _total(self, count: int) -> int:
@@ -194,7 +217,8 @@ class _Probe:
             self.display.step(row, self.elapsed_s / self.step * (total - self.step))
             due = finished or stopping or time.monotonic() - saved > 60 * CHECKPOINT_MINUTES
             if due or len(rows) == ROWS_AT_ONCE:
-                self.metrics.write(rows)
+                with self._writing():
+                    self.metrics.write(rows)
                 rows = []
             if due:
                 self._save(learner)
@@ -223,9 +247,31 @@ class _Probe:
             "elapsed_s": round(self.elapsed_s, 3),
         }
 
-    def _save(self, learner: Learner) -> None:
-        done = {"fingerprint": self._fingerprint, "step": self.step, "elapsed_s": self.elapsed_s}
-        save_checkpoint(self.folder / CHECKPOINT, done | learner.state())
+    def _save(self, learner: Learner | None = None) -> None:
+        """A checkpoint; the first one is without a learner."""
+        state = {
+            "fingerprint": self._fingerprint,
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "dtype": self._dtype.name,
+            "bad": sorted(self.bad),
+        }
+        with self._writing():
+            try:
+                save_checkpoint(self.folder / CHECKPOINT, state | (learner.state() if learner else {}))
+            except RuntimeError as error:  # so torch's own writer tells of a full disk
+                raise OSError("the checkpoint is not whole, as when the disk is full") from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns a full disk and its like into one line that says how to go on."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"--out {self.folder} cannot be written: {error.strerror or error}; "
+                f"lomar probe --out {self.folder} --resume goes on when it can"
+            ) from error
 
     def _note_bad(self, found: Sequence[tuple[str, str]]) -> None:
         for name, reason in found:
@@ -244,3 +290,4 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder / CHECKPOINT.parent, ignore_errors=True)
     for name in CACHES.values():
         (folder / name).unlink(missing_ok=True)
+        discard(folder / name)

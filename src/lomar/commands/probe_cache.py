@@ -1,6 +1,6 @@
 """Features of images, made once and kept in the probe's folder until it is done."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lomar.commands.frozen import FrozenEncoder, require_some, unusable, watched
-from lomar.data.labels import Labelled
+from lomar.commands.frozen import FrozenEncoder, Part, left_out, watched
+from lomar.downstream.embedding import begun, read_embedding
+from lomar.downstream.embedding_writer import EmbeddingWriter, Plan, check_finished
 from lomar.downstream.features import Wanted
 from lomar.errors import UserError
-from lomar.files import write_atomically
 from lomar.training.loop import StopRequest
 
 IMAGES_AT_ONCE = 64
@@ -28,7 +28,7 @@ class Cached:
     """Features of the images that can be used.
 
     Args:
-        rows: (N, all numbers), float32 or float16, also of images that cannot be used.
+        rows: (N, all numbers), float32 or float16; zeros of images that cannot be used.
         usable: int64 (n,), the numbers of those that can.
         labels: int64 (n,), of the usable ones.
         unusable: names of the others.
@@ -66,57 +66,65 @@ def number_type(rows: int, width: int, free_bytes: int) -> np.dtype:
 
 def cached_features(
     encoder: FrozenEncoder,
-    labelled: Labelled,
+    part: Part,
     wanted: Sequence[Wanted],
-    width: int,
-    dtype: np.dtype,
+    plan: Plan,
     path: Path,
-    what: str,
-    where: str,
+    say: Callable[[str], object],
     stop: StopRequest,
 ) -> Cached:
-    """The features of central crops, from a file or made and written to it, complete or not at all.
+    """The features of central crops, from a file, or made and written to it row by row: what was begun goes on.
 
     Args:
         encoder: makes them.
-        labelled: the images.
+        part: the images.
         wanted: what to read; all of it stands in one row.
-        width: numbers of a row.
-        dtype: float32 or float16.
-        path: the file (.npy). Images that cannot be used have rows of NaN.
-        what: the images are, for messages.
-        where: the option they came from, for messages.
+        plan: the file, see `cache_plan`.
+        path: where it is to be.
+        say: tells what is left out.
         stop: whether to end.
 
     Raises:
         StoppedError: it was asked for.
-        UserError: no image can be used, or the file cannot be written.
+        UserError: no image can be used, or the file is another probe's.
+        OSError: the file cannot be written.
     """
-    shape = (len(labelled), width)
-
-    def make(file: Path) -> None:
-        memory = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-        place = 0
-        batches = encoder.features(labelled.source, wanted, IMAGES_AT_ONCE)
-        with encoder.autocast(), closing(watched(batches, f"{what} images", len(labelled))) as seen:
-            for found, good in seen:
-                rows = torch.cat(found, dim=1).numpy().astype(dtype)
-                usable = good.numpy() & np.isfinite(rows).all(axis=1)  # float16 ends at 65504
-                memory[place : place + len(rows)] = np.where(usable[:, None], rows, np.nan)
-                place += len(rows)
-                if stop.signal_number:
-                    raise StoppedError
-        memory.flush()
-
     if not path.exists():
-        try:
-            write_atomically(path, make)
-        except OSError as error:
-            raise UserError(f"--out: {path} cannot be written: {error.strerror or error}") from error
-    rows = torch.from_numpy(np.load(path))
-    if tuple(rows.shape) != shape:
-        raise UserError(f"{path} has the shape {tuple(rows.shape)}, not {shape}; remove it, and it is made anew")
-    good = ~rows[:, 0].isnan()
-    require_some(good, labelled.source, where, f"of {what}")
+        _make(encoder, part, wanted, plan, path, stop)
+    check_finished(path, plan)
+    found = read_embedding(path)
+    good = torch.from_numpy(np.array(found.good))
+    names = left_out(part, good, encoder, say)
     usable = good.nonzero().flatten()
-    return Cached(rows, usable, torch.from_numpy(labelled.labels)[usable], unusable(labelled.source, good))
+    rows = torch.from_numpy(np.array(found.features))
+    return Cached(rows, usable, torch.from_numpy(part.labelled.labels)[usable], names)
+
+
+def cache_plan(part: Part, wanted: Sequence[Wanted], width: int, dtype: np.dtype, encoder: str) -> Plan:
+    """What the file of a part's features is to hold.
+
+    Args:
+        part: the images.
+        wanted: what of them.
+        width: numbers of a row.
+        dtype: float32 or float16.
+        encoder: a digest of its weights.
+    """
+    source = part.labelled.source
+    kinds = [[each.features, each.layer] for each in wanted]
+    about = {"root": source.root, "weights": encoder, "images": source.fingerprint(), "features": kinds}
+    return Plan(about, len(part), (width,), dtype.name, source.relative_path)
+
+
+def _make(
+    encoder: FrozenEncoder, part: Part, wanted: Sequence[Wanted], plan: Plan, path: Path, stop: StopRequest
+) -> None:
+    with closing((EmbeddingWriter.begin if begun(path) is None else EmbeddingWriter.resume)(path, plan)) as writer:
+        batches = encoder.features(part.labelled.source, wanted, IMAGES_AT_ONCE, writer.rows)
+        with encoder.autocast(), closing(watched(batches, part.name, len(part), writer.rows)) as seen:
+            for found, good in seen:
+                writer.write(torch.cat(found, dim=1).numpy(), good.numpy())
+                if stop.signal_number and writer.rows < len(part):
+                    writer.keep()
+                    raise StoppedError
+        writer.finish()

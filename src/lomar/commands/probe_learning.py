@@ -15,6 +15,7 @@ from lomar.data.loader import stream
 from lomar.data.supervised import Augmentation, training_batches
 from lomar.downstream.features import feature_reader
 from lomar.downstream.probe import Columns, HeadInput, MaeHead, Standard, Sweep, lars, standard_of, top_hits
+from lomar.errors import TrainingError
 from lomar.options import ProbeOptions
 from lomar.training.records import Row
 
@@ -27,7 +28,7 @@ class Scores(NamedTuple):
     """How heads do on some images; each is of the shape of the heads.
 
     Args:
-        top1, top5: share of images, 0 to 1.
+        top1, top5: share of images, 0 to 1; NaN of a head whose loss is not finite.
         loss: cross-entropy.
     """
 
@@ -41,7 +42,7 @@ class Learned(NamedTuple):
 
     Args:
         loss: cross-entropy of the batch; of the sweep, of the head that does best on it.
-        grad_norm: of the gradient.
+        grad_norm: of the gradient; of the sweep, of all heads that have not diverged.
         waited_s: seconds for images.
     """
 
@@ -96,6 +97,9 @@ class _Trained:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        return self._grad_norm()
+
+    def _grad_norm(self) -> float:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).item()
 
@@ -149,16 +153,27 @@ class SweepProbe(_Trained):
         places = torch.tensor([key.index for key in next(self._batches)])
         seen = self._seen(self.fit.rows[self.fit.usable[places]])
         losses = self.sweep.losses(seen, self.fit.labels[places].to(self.device))
+        # A head that diverges stays alone with it: heads share no weights, and features have no gradient.
         grad_norm = self._update((losses * self.sweep.rates).sum(), lr)
-        return Learned(losses.min().item(), grad_norm, 0.0)
+        return Learned(losses.nan_to_num(torch.inf, torch.inf).min().item(), grad_norm, 0.0)
+
+    def _grad_norm(self) -> float:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]  # (rates, ...) each
+        norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in gradients])
+        return norms[norms.isfinite()].norm().item()
 
     def scores(self, cached: Cached) -> Scores:
         """How every head (inputs, rates) does on images."""
         return _scores(cached, lambda rows: self.sweep(self._seen(rows)), self.device)
 
     def evaluate(self) -> Row:
-        """The best of the heads on the images held out."""
-        return {"held_out_top1": round(self.scores(self.held).top1.max().item(), 6)}
+        """The best of the heads on the images held out.
+
+        Raises:
+            TrainingError: all of them have diverged.
+        """
+        found = self.scores(self.held)
+        return {"held_out_top1": round(found.top1[best_head(found)].item(), 6)}
 
     def close(self) -> None:
         """Nothing is open."""
@@ -238,8 +253,13 @@ class MaeProbe(_Trained):
         return _scores(cached, lambda rows: self.head(rows.to(self.device).float()), self.device)
 
     def evaluate(self) -> Row:
-        """How it does on the images that judge."""
+        """How it does on the images that judge.
+
+        Raises:
+            TrainingError: it has diverged.
+        """
         found = self.scores(self.val)
+        best_head(found)
         return {"val_top1": round(found.top1.item(), 6), "val_loss": round(found.loss.item(), 6)}
 
     def close(self) -> None:
@@ -258,4 +278,21 @@ def _scores(cached: Cached, logits_of: Callable[[Tensor], Tensor], device: torch
             loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none").view(wanted.shape).sum(-1)
             for place, part in enumerate((top1, top5, loss)):
                 sums[place] = sums[place] + part.double()
-    return Scores(*((each / len(cached)).cpu() for each in sums))
+    top1, top5, loss = ((each / len(cached)).cpu() for each in sums)
+    # Without this, logits that are no numbers would count as class 0.
+    known = loss.isfinite()
+    return Scores(top1.where(known, torch.nan), top5.where(known, torch.nan), loss)
+
+
+def best_head(scores: Scores) -> tuple[int, ...]:
+    """The place of the head with the largest top-1 accuracy, among equals of the one with the lowest loss.
+
+    Heads whose loss is not finite are left out.
+
+    Raises:
+        TrainingError: all are.
+    """
+    heads = scores.loss.isfinite().nonzero().tolist()
+    if not heads:
+        raise TrainingError("no classifier has a finite loss on the images that judge; smaller --base-lrs may help")
+    return max(map(tuple, heads), key=lambda head: (scores.top1[head].item(), -scores.loss[head].item()))

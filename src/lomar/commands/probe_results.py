@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from lomar import __version__
+from lomar.commands.frozen import FEW_FROM, INTERPOLATION
 from lomar.commands.probe_cache import Cached
-from lomar.commands.probe_learning import MaeProbe, Scores, SweepProbe
+from lomar.commands.probe_learning import MaeProbe, Scores, SweepProbe, best_head
 from lomar.commands.probe_settling import SettledProbe
-from lomar.downstream.probe import FEW, HeadInput
+from lomar.downstream.probe import HeadInput
 from lomar.files import write_atomically
 from lomar.interop.weights import save_file
 
 RESULT_FILE, HEAD_FILE = "probe.json", "probe.safetensors"
-FEW_FROM = 2 * FEW  # classes from which top-5 says something
 
 
 def finish_sweep(
@@ -39,8 +39,7 @@ def finish_sweep(
     """
     held, val = learner.scores(caches["held"]), learner.scores(caches["val"])
     heads = [(place, rate) for place in range(len(learner.inputs)) for rate in range(len(learner.rates))]
-    # The lower loss decides between equals.
-    best = max(heads, key=lambda head: (held.top1[head].item(), -held.loss[head].item()))
+    best = best_head(held)
     rates = settled.options.base_lrs
     rows = [
         {
@@ -53,7 +52,7 @@ def finish_sweep(
         for place, rate in heads
     ]
     chosen = learner.inputs[best[0]]
-    weight, bias = learner.sweep.head(*best)
+    weight, bias = learner.sweep.head(best[0], best[1])
     places = learner.columns.of(chosen)
     mean, std = (torch.cat([each[p] for p in places]) for each in (learner.standard.mean, learner.standard.std))
     _save_head(folder, settled, chosen, {"weight": weight, "bias": bias, "mean": mean, "std": std})
@@ -62,7 +61,8 @@ def finish_sweep(
     _write(folder, settled, {**about, **found})
     return "\n".join(
         [
-            *_table(learner.inputs, rates, held, val, best),
+            *_table(learner.inputs, rates, held, val, best[0]),
+            *_diverged(rates, held),
             _result(folder, settled, val, best, f"{chosen.name} at --base-lrs {rates[best[1]]:g}"),
         ]
     )
@@ -96,19 +96,29 @@ def finish_mae(
     return _result(folder, settled, val, (), learner.only.name)
 
 
-def _table(
-    inputs: Sequence[HeadInput], rates: Sequence[float], held: Scores, val: Scores, best: tuple[int, int]
-) -> list[str]:
+def _table(inputs: Sequence[HeadInput], rates: Sequence[float], held: Scores, val: Scores, chosen: int) -> list[str]:
     """Of each input, the rate that did best on what was held out."""
     width = max(len(each.name) for each in inputs)
     lines = [f"{'':<{width}}  base lr  held out %    val %"]
     for place, each in enumerate(inputs):
-        rate = best[1] if place == best[0] else int(held.top1[place].argmax())
+        if not held.loss[place].isfinite().any():
+            lines.append(f"{each.name:<{width}}  diverged at all rates")
+            continue
+        (rate,) = best_head(Scores(*(kind[place] for kind in held)))
         lines.append(
             f"{each.name:<{width}}{rates[rate]:9.0e}{100 * held.top1[place, rate].item():12.2f}"
-            f"{100 * val.top1[place, rate].item():9.2f}" + ("  chosen" if place == best[0] else "")
+            f"{100 * val.top1[place, rate].item():9.2f}" + ("  chosen" if place == chosen else "")
         )
     return lines
+
+
+def _diverged(rates: Sequence[float], held: Scores) -> list[str]:
+    """A line on heads that are left out, if there are any."""
+    lost = ~held.loss.isfinite()
+    if not lost.any():
+        return []
+    at = ", ".join(f"{rate:g}" for rate, any_lost in zip(rates, lost.any(dim=0).tolist(), strict=True) if any_lost)
+    return [f"{int(lost.sum())} of {lost.numel()} heads diverged and are left out, at --base-lrs {at}"]
 
 
 def _result(folder: Path, settled: SettledProbe, val: Scores, head: tuple[int, ...], name: str) -> str:
@@ -137,6 +147,8 @@ def _write(folder: Path, settled: SettledProbe, found: Mapping[str, Any]) -> Non
         "options": options,
         "model": type(encoder.model).__name__,
         "image_size": encoder.input.size,
+        "crop": encoder.input.crop_pct,
+        "interpolation": INTERPOLATION,
         "device": encoder.hardware.name,
         "precision": encoder.precision,
         "classes": settled.data.classes,

@@ -11,9 +11,9 @@ import numpy as np
 from torch import nn
 
 from lomar.commands.automatic import Choice
-from lomar.commands.frozen import FrozenEncoder, check_features, open_frozen, weights_digest
-from lomar.commands.runs import CONFIG_FILE, asked_for, check_new, stored
-from lomar.data.labels import Labelled, LabelledData, held_out, labelled_data
+from lomar.commands.frozen import FrozenEncoder, Part, check_features, check_readable, open_frozen, weights_digest
+from lomar.commands.runs import asked_for, check_kind, check_new, stored
+from lomar.data.labels import SPLIT_SEED, Labelled, LabelledData, held_out, labelled_data
 from lomar.downstream.features import has_cls, has_cls_of_layers, layer_count
 from lomar.downstream.probe import SWEEP_LRS
 from lomar.errors import UserError
@@ -49,6 +49,14 @@ class SettledProbe:
     held: Labelled | None
     notes: list[str] = field(default_factory=list)
 
+    def parts(self) -> dict[str, Part]:
+        """The images by what they are for, as messages name them: "val", "fit" and, of the sweep, "held"."""
+        options, where = self.options, f"--data {self.options.data}"
+        found = {"val": Part(self.data.val, "val images", f"--val {options.val}" if options.val else where)}
+        if self.held is not None:
+            found["held"] = Part(self.held, "images held out of train", where)
+        return found | {"fit": Part(self.fit, "train images", where)}
+
     def fingerprint(self) -> str:
         """Changes with the encoder's weights, the lists of images and their labels."""
         digest = hashlib.blake2b(weights_digest(self.encoder.model).encode(), digest_size=8)
@@ -68,8 +76,8 @@ def asked_for_probe(given: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError("--out is missing: the folder in which to make the probe")
     if process_count() > 1:
         raise UserError("a probe trains in one process; start it without torchrun")
-    paths = ("data", "model") if Path(given.get("model", "")).exists() else ("data",)
-    return {name: value for name, value in asked_for(given, ProbeOptions, paths).items() if value != "auto"}
+    asked = asked_for(given, ProbeOptions, ("data", "val", "model"))
+    return {name: value for name, value in asked.items() if value != "auto"}
 
 
 def settle(asked: Mapping[str, Any], folder: Path) -> SettledProbe:
@@ -82,10 +90,10 @@ def settle(asked: Mapping[str, Any], folder: Path) -> SettledProbe:
         if name not in asked:
             raise UserError(f"--{name} is missing; see lomar probe --help")
     check_new(folder, asked)
-    _check_no_other_run(folder)
+    check_kind(folder, ProbeOptions)
     if asked.get("protocol") == "mae":
         _check_single(asked)
-    data = labelled_data(asked["data"], asked.get("seed", 0))
+    data = labelled_data(asked["data"], SPLIT_SEED, asked.get("val"))
     encoder = _encoder(asked)
     check_features(encoder.model, asked.get("features", ()), asked.get("layers"))
     fit, held = _split(asked.get("protocol", "fast"), data, asked.get("seed", 0), f"--data {asked['data']}")
@@ -95,8 +103,12 @@ def settle(asked: Mapping[str, Any], folder: Path) -> SettledProbe:
     options = ProbeOptions(**values | settled_here)
     if options.protocol == "mae" and options.batch_size < 2:
         raise UserError("--batch-size 1: the batch norm of --protocol mae needs two images at least")
+    if options.warmup_epochs > options.epochs:
+        raise UserError(f"--warmup-epochs {options.warmup_epochs:g} is more than --epochs {options.epochs:g}")
     check_features(encoder.model, options.features, options.layers)
-    return SettledProbe(options, encoder, data, fit, held, _notes(options, encoder, data, fit, held, choices))
+    settled = SettledProbe(options, encoder, data, fit, held, _notes(options, encoder, data, fit, held, choices))
+    _check_readable(settled)
+    return settled
 
 
 def settle_again(asked: Mapping[str, Any], folder: Path) -> SettledProbe:
@@ -108,10 +120,17 @@ def settle_again(asked: Mapping[str, Any], folder: Path) -> SettledProbe:
     if "image_size" in asked:
         asked = dict(asked) | {"image_size": _both(asked["image_size"])}
     options = ProbeOptions(**stored(folder, asked, ProbeOptions))
-    data = labelled_data(options.data, options.seed)
+    data = labelled_data(options.data, SPLIT_SEED, options.val)
     encoder = _encoder({name: getattr(options, name) for name in _ENCODER_OPTIONS})
     fit, held = _split(options.protocol, data, options.seed, f"--data {options.data}")
-    return SettledProbe(options, encoder, data, fit, held)
+    settled = SettledProbe(options, encoder, data, fit, held)
+    _check_readable(settled)
+    return settled
+
+
+def _check_readable(settled: SettledProbe) -> None:
+    for part in settled.parts().values():
+        check_readable(part.labelled.source, settled.encoder, part.where, part.name)
 
 
 _ENCODER_OPTIONS = ("model", "image_size", "seed", "device", "precision", "workers")
@@ -130,13 +149,6 @@ def _encoder(asked: Mapping[str, Any]) -> FrozenEncoder:
 
 def _both(image_size: tuple[int, ...]) -> tuple[int, ...]:
     return image_size * 2 if len(image_size) == 1 else image_size
-
-
-def _check_no_other_run(folder: Path) -> None:
-    """Refuse a folder whose run is none of this command: --overwrite would delete its checkpoints."""
-    config = folder / CONFIG_FILE
-    if config.exists() and "\nprotocol:" not in config.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"--out {folder} holds a run that is no probe; give another folder")
 
 
 def _check_single(asked: Mapping[str, Any]) -> None:

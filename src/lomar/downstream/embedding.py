@@ -57,7 +57,7 @@ def read_embedding(file: str | Path) -> Embedding:
     """The embedding in a file of either format.
 
     Raises:
-        UserError: there is no such file, or it is no embedding.
+        UserError: there is no such file, it is no embedding, or a damaged one.
     """
     path = Path(file)
     if not path.is_file():
@@ -72,10 +72,32 @@ def read_embedding(file: str | Path) -> Embedding:
         named = paths.tolist() if paths.dtype.kind == "U" else text_of(paths.tobytes()).split("\0")
         root = about["root"]
     except (KeyError, ValueError, TypeError, AttributeError, OSError, safetensors.SafetensorError) as error:
+        if _is_cut_short(path):
+            raise UserError(f"{path} is an embedding that is cut short; copy it again, or make it anew") from error
         raise UserError(f"{path} is no embedding; lomar embed writes one, as .safetensors or .npz") from error
+    # What damaged bytes lead zipfile, zlib and NumPy to is their affair: BadZipFile, EOFError, struct.error,
+    # NotImplementedError, MemoryError and more, so that no list of types would be complete.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} is damaged ({reason}); copy it again, or make it anew") from error
     if features.ndim < 2 or not len(features) == len(good) == len(named):
         raise UserError(f"{path} is damaged: {len(features)} features, {len(good)} marks and {len(named)} paths")
     return Embedding(features, good, named, root, about)
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether a file begins as `lomar embed` begins one, and has lost its end."""
+    with path.open("rb") as file:
+        begins = file.read(2**20)
+    if begins.startswith(b"PK\3\4"):
+        return begins[30:42] == b"features.npy" and not zipfile.is_zipfile(path)
+    try:
+        size = struct.unpack("<Q", begins[:8])[0]
+        header = json.loads(begins[8 : 8 + size])
+        whole = 8 + size + max(each["data_offsets"][1] for name, each in header.items() if name != "__metadata__")
+        return METADATA in header["__metadata__"] and "features" in header and path.stat().st_size < whole
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, NDArray], str]:
@@ -104,6 +126,8 @@ def _read_npz(path: Path) -> tuple[dict[str, NDArray], str]:
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran_order, dtype = read(member)
                 begins = member.tell()
+            if begins + prod(shape) * dtype.itemsize != info.file_size:
+                raise EOFError(f"{name} is not of the size that it says")
             if info.compress_type != zipfile.ZIP_STORED or fortran_order:
                 arrays[name] = whole[name]
                 continue

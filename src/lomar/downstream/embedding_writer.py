@@ -11,7 +11,7 @@ import struct
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +27,7 @@ ENDINGS = (".safetensors", ".npz")
 KEEP_EVERY_S = 5.0  # at most so many seconds of work are lost when the process is killed
 LARGEST_TEXT = 2**30  # bytes of a text array of paths in .npz; above, they are written as bytes
 _CHUNK = 2**22  # bytes copied at once
+_NAMES = ("model", "root")  # in the metadata, of what digests tell as well
 _DTYPES = {"float32": "F32", "float16": "F16"}
 
 
@@ -35,8 +36,9 @@ class Plan:
     """What an embedding is to be.
 
     Args:
-        about: the metadata, which JSON can hold; "weights" and "images" are digests. Rows go on only below rows that
-            were made with an equal one.
+        about: the metadata, which JSON can hold; "weights" and "images" are digests of what "model" and "root" name.
+            Rows go on only below rows that were made with an equal one, but for these two names: what moved, or is
+            named from another folder, goes on, and the file says what it was begun with.
         count: N, images.
         row: shape of the features of an image.
         dtype: "float32" or "float16".
@@ -61,6 +63,10 @@ class Plan:
     def fixed(self) -> dict[str, Any]:
         """What must be equal for rows to go on below others."""
         return _fixed(json.loads(self.metadata()), (self.count, *self.row), self.dtype)
+
+    def named_as(self, fixed: dict[str, Any]) -> "Plan":
+        """The same, with the names that an earlier plan had for model and images."""
+        return replace(self, about=self.about | {name: fixed[name] for name in _NAMES if name in fixed})
 
     def path_blocks(self) -> Iterator[list[bytes]]:
         """All paths in order, some at a time."""
@@ -223,6 +229,7 @@ class EmbeddingWriter:
         if state is None:
             raise UserError(f"--resume: there is nothing begun in {partial_of(out)}; leave it out to begin")
         _check_same(out, state["fixed"], plan)
+        plan = plan.named_as(state["fixed"])
         rows = partial_of(out) / "rows"
         if rows.stat().st_size != _layout(out, plan).rows_bytes:
             raise UserError(f"--resume: {rows} is damaged; --overwrite starts anew")
@@ -318,6 +325,8 @@ def _check_same(out: Path, before: dict[str, Any], plan: Plan) -> None:
         if before.get(name) != now[name]:
             raise UserError(f"--resume: {out} was begun with other {name}; --overwrite starts anew")
     for name in now:
+        if name in _NAMES:
+            continue
         if before.get(name) != now[name]:
             raise UserError(
                 f"--resume: {out} was begun with {name.replace('_', ' ')} {before.get(name)}, not {now[name]}; "

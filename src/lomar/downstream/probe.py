@@ -12,6 +12,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from lomar.downstream.features import Wanted
+from lomar.downstream.knn import FEW
 from lomar.seeding import seeded
 
 # For 256 images. Source: DINOv2, eval/linear.py.
@@ -19,7 +20,6 @@ SWEEP_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5
 MOMENTUM = 0.9
 EPSILON = 1e-6  # added to a variance, as in the batch norm of MAE's probe
 JOINED_LAYERS = 4  # whose cls tokens are joined, as in DINOv2
-FEW = 5  # classes that "top-5" looks at
 
 
 @dataclass(frozen=True)

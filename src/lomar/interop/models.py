@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from lomar.errors import UserError
-from lomar.interop.weights import describe, first_line, load
+from lomar.interop.weights import CLASSIFIER_FILE, ENCODER_FILE, describe, first_line, load
 from lomar.model.encoder import Encoder, size_of
 
 SCRATCH = "scratch:"
@@ -159,7 +160,7 @@ def _model(name: str, flag: str, size: tuple[int, int] | None = None) -> nn.Modu
         bare = name.removeprefix(SCRATCH)
         return _from_timm(name, flag, size) if timm.is_model(bare.split(".")[0]) else scratch(bare, flag)
     path = Path(name)
-    if name.startswith((LOCAL_DIR, *_HUB_SCHEMES)) or (path.is_dir() and (path / "config.json").exists()):
+    if name.startswith((LOCAL_DIR, *_HUB_SCHEMES)) or _is_timms(path):
         return _from_timm(name, flag, size)
     if path.exists():
         try:
@@ -168,9 +169,22 @@ def _model(name: str, flag: str, size: tuple[int, int] | None = None) -> nn.Modu
             raise UserError(f"{flag}: {error}") from error
     if timm.is_model(name.split(".")[0]):
         return _from_timm(name, flag, size)
-    near = (timm.list_models(f"{name}*") or timm.list_models(f"*{name}*"))[:3] if name.isidentifier() else []
-    hint = f"; timm has {', '.join(near)}" if near else ""
-    raise UserError(f"{flag} {name}: there is no such run or file, and timm knows no such model{hint}")
+    raise UserError(f"{flag} {name}: there is no such run or file, and timm knows no such model{_close_to(name)}")
+
+
+def _is_timms(path: Path) -> bool:
+    """Whether a folder is one that timm writes, and no run: a run into which somebody exported stays a run."""
+    ours = (ENCODER_FILE, CLASSIFIER_FILE)
+    return path.is_dir() and (path / "config.json").exists() and not any((path / file).exists() for file in ours)
+
+
+def _close_to(name: str) -> str:
+    """'; timm has ...' of models whose name begins with a name, contains it or is nearly it."""
+    bare = name.split(".")[0]
+    if not bare.isidentifier():
+        return ""
+    near = timm.list_models(f"{bare}*") or timm.list_models(f"*{bare}*") or get_close_matches(bare, timm.list_models())
+    return f"; timm has {', '.join(near[:3])}" if near else ""
 
 
 def _from_timm(name: str, flag: str, size: tuple[int, int] | None = None) -> nn.Module:

@@ -145,6 +145,9 @@ class KnnOptions:
 
     model: str = option(ANY_MODEL, metavar="MODEL")
     data: str = option(LABELLED, metavar="DIR")
+    val: str | None = option(
+        "labelled images to judge by, instead of those that --data has for it", default=None, metavar="DIR"
+    )
     features: str = option(
         "one vector an image: as the model pools, the cls token, or the mean of the patch tokens",
         default="pooled",
@@ -158,7 +161,7 @@ class KnnOptions:
     temperature: float = option("small values let the nearest decide alone", default=0.07, above=0, metavar="T")
     image_size: tuple[int, ...] | None = option(IMAGE_SIZE, default=None, auto="the model's", low=1, metavar="PX")
     out: str | None = option("file for the results", default=None, metavar="FILE.json")
-    seed: int = option("fixes which images are asked where --data has no val/", default=0, low=0, high=LARGEST_SEED)
+    seed: int = option("fixes the weights of scratch: models", default=0, low=0, high=LARGEST_SEED, metavar="N")
     batch_size: int = option("images at once", default=64, low=1, metavar="N")
     workers: int | None = option("processes that read images", default=None, auto=AUTO, low=0, metavar="W")
     device: str = option("where to compute", default="auto", choices=DEVICES, metavar="NAME")
@@ -171,6 +174,12 @@ class ProbeOptions:
 
     model: str = option(ANY_MODEL, metavar="MODEL")
     data: str = option(LABELLED, metavar="DIR", results=False)
+    val: str | None = option(
+        "labelled images to judge by, instead of those that --data has for it",
+        default=None,
+        metavar="DIR",
+        results=False,
+    )
     out: str = option("folder of the probe, made here", metavar="DIR", results=False)
     resume: bool = option("go on with the probe in --out; needs no other option", default=False, results=False)
     overwrite: bool = option("delete the probe in --out and start anew", default=False, results=False)
@@ -204,7 +213,13 @@ class ProbeOptions:
     epochs: float = option("passes over the images", auto=AUTO, above=0, metavar="E")
     warmup_epochs: float = option("passes with a rising rate", auto="fast: 0; mae: a ninth", low=0, metavar="E")
     batch_size: int = option("images per step", auto=AUTO, low=1, metavar="N")
-    seed: int = option("fixes order, crops and initial weights", default=0, low=0, high=LARGEST_SEED, metavar="N")
+    seed: int = option(
+        "fixes order, crops, initial weights and which tenth is held out",
+        default=0,
+        low=0,
+        high=LARGEST_SEED,
+        metavar="N",
+    )
     workers: int | None = option(
         "processes that read images", default=None, auto=AUTO, low=0, metavar="W", results=False
     )
@@ -247,12 +262,13 @@ class MapOptions:
 
     embedding: str = option("file that `lomar embed` wrote, of one vector an image", metavar="FILE")
     out: str = option("picture to write; the neighbours go beside it, as NAME-nearest.png", metavar="FILE.png")
+    overwrite: bool = option("replace the pictures that are there", default=False)
     method: str = option("how many dimensions become two", default="tsne", choices=("tsne", "pca"), metavar="NAME")
     data: str | None = option("where the images are now, if not where they were embedded", default=None, metavar="DIR")
     queries: tuple[str, ...] | None = option(
         "images of the embedding whose neighbours to draw", default=None, auto="six, evenly spread", metavar="PATH"
     )
-    neighbours: int = option("neighbours of each", default=8, low=1, metavar="N")
+    neighbours: int = option("neighbours of each, at most 50", default=8, low=1, high=50, metavar="N")
     limit: int = option("most images to lay out, evenly spread", default=2000, low=3, high=6000, metavar="N")
     colour_by: str = option(
         "frame thumbnails by the first folder that their paths do not share, or not",
