@@ -4,6 +4,8 @@
 #   bash benchmarks/device.sh steps      # time and memory of a step against resolution
 #   bash benchmarks/device.sh run        # a whole run: automatic choices, bf16, resume, k-NN
 #   bash benchmarks/device.sh methods    # every method trains there
+#   bash benchmarks/device.sh classifier # fine-tuning and features against timm's plain ViT
+#   bash benchmarks/device.sh downstream # pretrain, then fine-tune, probe, embed and export there
 #
 # Before the call, on a machine with a package registry, put beside the tree what that machine lacks:
 #   pip download -q --no-deps -d .device/wheels timm lightning-fabric lightning-utilities simplejpeg tifffile safetensors
@@ -45,5 +47,23 @@ methods) # Every method trains: losses and images a second of twenty steps; a to
     done
     tar -czf "$out/methods.tar.gz" .device/runs/*/metrics.jsonl .device/runs/*/train.log "$out"/tokenizer.jsonl
     rm -rf .device/runs "$out/tokenizer.safetensors"
+    ;;
+classifier) # A training step and features of ViT-B/16 at 224 and 448 px: what contextual position costs.
+    python3 benchmarks/classification.py --device cuda --images 128 --rounds 10 | tee "$out/classifier-224.md"
+    python3 benchmarks/classification.py --device cuda --images 32 --rounds 10 --image-size 448 | tee "$out/classifier-448.md"
+    ;;
+downstream) # What an encoder is for goes through on a GPU: automatic choices, bf16, resume.
+    data=.device/imagenette
+    timeout 150 python3 -m lomar pretrain --data $data/train --model small --image-size 112 --patch-size 8 --mask-layer 10 \
+        --epochs 20 --batch-size 256 --out .device/runs/pre || true
+    timeout 120 python3 -m lomar finetune --model .device/runs/pre --data $data --out .device/runs/tuned --epochs 10 || true
+    timeout 60 python3 -m lomar finetune --out .device/runs/tuned --resume || true
+    python3 -m lomar evaluate --model .device/runs/tuned --data $data --out "$out/judged"
+    python3 -m lomar knn --model .device/runs/pre --data $data --out "$out/knn.json"
+    timeout 90 python3 -m lomar probe --model .device/runs/pre --data $data --out "$out/probe"
+    python3 -m lomar embed --model .device/runs/pre --data $data/val --out .device/runs/val.safetensors | tee "$out/embed.txt"
+    python3 -m lomar export --model .device/runs/tuned --to hub-folder --out .device/runs/hub | tee "$out/export.txt"
+    cp .device/runs/tuned/metrics.jsonl "$out/tuned-metrics.jsonl"
+    rm -rf .device/runs "$out"/probe/*.safetensors
     ;;
 esac

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 
 from lomar.errors import UserError
 from lomar.interop import graphs
@@ -121,6 +122,8 @@ def test_the_metadata_tells_how_images_are_prepared(written: Path) -> None:
         "std": [0.2] * 5,
         "scale": 65535.0,
         "size": [28, 20],
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
         "any_size": True,
         "patch_size": 4,
         "classes": ["class 0", "class 1", "class 2"],
@@ -137,23 +140,70 @@ def test_the_operator_set_is_the_one_asked_for(opset: int, tmp_path: Path) -> No
 
 
 def test_an_operator_set_there_is_not_is_refused(tmp_path: Path) -> None:
+    """And the newest there is named, which then works."""
+    graph = graph_of(encoder(**QUICK), tokens=False)
     with pytest.raises(UserError, match=r"^--to onnx: PyTorch .* cannot do it with operator set 99 \(") as caught:
-        write_onnx(tmp_path / "m.onnx", graph_of(encoder(**QUICK), tokens=False), 99)
+        write_onnx(tmp_path / "m.onnx", graph, 99)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    newest = int(str(caught.value).rpartition("; the newest that works here is ")[2])
+    assert newest > 18 and write_onnx(tmp_path / "m.onnx", graph, newest) < 1e-5
+
+
+def test_what_torch_export_cannot_do_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **others: Any) -> None:
+        raise RuntimeError("Could not guard on it\nat length")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(UserError) as caught:
+        write_torch_export(tmp_path / "deep" / "m.pt2", graph_of(encoder(**QUICK), tokens=False))
+    told = f"--to torch-export: PyTorch {torch.__version__} cannot do it (Could not guard on it)"
+    assert str(caught.value) == told and not list(tmp_path.iterdir())
+
+
+def test_a_program_moves_to_another_device(tmp_path: Path) -> None:
+    """As docs/export.md says: every tensor, and what the graph itself makes of the image's size."""
+    write_torch_export(tmp_path / "m.pt2", graph_of(encoder(num_classes=7), tokens=False))
+    program = torch.export.load(tmp_path / "m.pt2")
+    assert {str(node.kwargs.get("device")) for node in program.graph.nodes} == {"None", "cpu"}
+    moved = move_to_device_pass(program, "meta")
+    assert {tensor.device.type for tensor in (*moved.state_dict.values(), *moved.constants.values())} == {"meta"}
+    assert {str(node.kwargs.get("device")) for node in moved.graph.nodes} == {"None", "meta"}
+    assert moved.module()(torch.empty(3, 5, 12, 44, device="meta")).shape == (3, 7)
+
+
+def test_onnx_drops_what_is_over_a_multiple_and_takes_one_row(written: Path) -> None:
+    """As docs/export.md says."""
+    run, _ = run_onnx(written)
+    images = torch.randn(2, 5, 15, 22)
+    assert torch.equal(run(images), run(images[:, :, :12, :20].contiguous()))
+    computes_the_same(run, encoder(num_classes=3), (4, 20), (12, 4))
 
 
 def test_a_graph_that_computes_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Off by a little, or of another shape; the file of before stays."""
     (tmp_path / "m.onnx").write_text("before")
     graph = graph_of(encoder(**QUICK), tokens=False)
-    for wrong, off in ((lambda images: graph.module(images) + 0.001, "1.0e-03"), (lambda images: images, "inf")):
+    for wrong, off in ((lambda images: graph.module(images) * 1.001, "1.0e-03"), (lambda images: images, "inf")):
         monkeypatch.setattr(graphs, "_onnxruntime", lambda file, wrong=wrong: wrong)
         with pytest.raises(UserError) as caught:
             write_onnx(tmp_path / "m.onnx", graph, 18)
         assert str(caught.value) == (
-            f"onnxruntime computes otherwise than PyTorch from images (1, 5, 28, 20), by {off}; nothing is written"
+            f"onnxruntime computes otherwise than PyTorch from images (1, 5, 28, 20), by {off} of the largest output; "
+            "nothing is written"
         )
     assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
+
+
+def test_small_outputs_are_held_to_the_same_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = encoder(num_classes=3, **QUICK)
+    with torch.no_grad():
+        for parameter in ours.head.parameters():
+            parameter *= 1e-6
+    graph = graph_of(ours, tokens=False)
+    assert write_torch_export(tmp_path / "m.pt2", graph) < 1e-5
+    monkeypatch.setattr(graphs, "_onnxruntime", lambda model: lambda images: graph.module(images) * 1.5)
+    with pytest.raises(UserError, match=r"by 5\.0e-01 of the largest output; nothing is written$"):
+        write_onnx(tmp_path / "m.onnx", graph, 18)
 
 
 def test_missing_packages_are_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,17 +211,24 @@ def test_missing_packages_are_named_with_the_command(tmp_path: Path, monkeypatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else there(name))
     with pytest.raises(UserError) as caught:
         write_onnx(tmp_path / "m.onnx", graph_of(encoder(), tokens=False), 18)
-    assert str(caught.value) == "--to onnx needs onnx and onnxruntime and onnxscript: pip install 'lomar[onnx]'"
+    assert (
+        str(caught.value)
+        == "--to onnx needs onnx and onnxruntime and onnxscript: pip install onnx onnxruntime onnxscript"
+    )
 
 
 def test_large_weights_stand_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of models above 2 GB."""
     from torch.onnx._internal.exporter import _onnx_program
 
-    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 1000)
     ours = encoder(**QUICK)
-    write_onnx(tmp_path / "m.onnx", graph_of(ours, tokens=False), 18)
+    with monkeypatch.context() as patch:
+        patch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 1000)
+        write_onnx(tmp_path / "m.onnx", graph_of(ours, tokens=False), 18)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    computes_the_same(run_onnx(tmp_path / "m.onnx")[0], ours, OWN)
+    write_onnx(tmp_path / "m.onnx", graph_of(ours, tokens=False), 18)  # all of it in one file now
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
     computes_the_same(run_onnx(tmp_path / "m.onnx")[0], ours, OWN)
 
 

@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed
 
 import lomar as package
 from lomar.errors import UserError
-from lomar.interop.official import Official, official_state, read_official
+from lomar.interop.official import Official, from_beits_names, official_state, read_official
 from lomar.interop.weights import load_reconstructor
 from lomar.model import Encoder
 from lomar.model.positions import growth, resize_bias
@@ -240,6 +240,19 @@ def test_the_index_of_beits_tables_is_the_released_one() -> None:
     index = official_state(encoder)["rel_pos_bias.relative_position_index"]
     assert index.shape == (197, 197) and index.dtype == torch.int64 and index.sum() == 14_270_119
     assert index[1, 1] == 364 and index[0, 1] == 729 and index[1, 0] == 730 and index[0, 0] == 731
+
+
+@pytest.mark.parametrize("position", ["shared-bias", "block-bias"])
+def test_beits_names_become_ours_again(position: str) -> None:
+    """And a name that is nobody's stays, so that loading can complain of it."""
+    encoder = Encoder(
+        15, 5, 3, 7, embed_dim=8, depth=2, num_heads=2, position=position, key_bias=False, init_values=0.1
+    )
+    state = {name: t for name, t in official_state(encoder).items() if not name.endswith("relative_position_index")}
+    assert set(state) != set(encoder.state_dict())
+    ours = from_beits_names(state | {"odd": torch.zeros(1)}, encoder)
+    assert set(ours) == {*encoder.state_dict(), "odd"}
+    assert all(torch.equal(ours[name], tensor) for name, tensor in encoder.state_dict().items())
 
 
 def test_a_method_that_is_no_released_one_goes_out_as_its_encoder(save: Save) -> None:

@@ -20,7 +20,7 @@ def test_files_appear_together_and_replace_those_of_the_same_name(tmp_path: Path
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_after_an_error_all_is_as_it_was(error: type[BaseException], tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
-    for folder in (tmp_path, tmp_path / "new"):
+    for folder in (tmp_path, tmp_path / "new", tmp_path / "deep" / "a" / "b"):
         with pytest.raises(error), staged(folder) as place:
             (place / "a").write_text("half")
             raise error

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lomar as package
 from lomar.errors import UserError
-from lomar.interop.weights import load_reconstructor, save_encoder, save_reconstructor
+from lomar.interop.weights import load_most, load_reconstructor, save_encoder, save_reconstructor
 from lomar.methods.composition import Composition
 from lomar.methods.recipes import RECIPES
 
@@ -154,6 +154,28 @@ def test_a_run_that_is_not_finished_can_be_loaded(
     assert package.load(tmp_path / "run").embed_dim == 16
 
 
+def test_of_two_models_in_a_folder_the_runs_own_is_read(tmp_path: Path) -> None:
+    """And an exported one where it is alone, by all that reads encoders."""
+    run, exported = composition().encoder(), composition().encoder()
+    save_encoder(tmp_path / "encoder.safetensors", run, composition())
+    save_encoder(tmp_path / "model.safetensors", exported, composition())
+    images = torch.randn(1, 5, 35, 35)
+    with torch.inference_mode():
+        assert torch.equal(package.load(tmp_path)(images), run.eval()(images))
+        (tmp_path / "encoder.safetensors").unlink()
+        found, mean, _ = load_most(tmp_path)
+        assert torch.equal(package.load(tmp_path)(images), exported.eval()(images))
+        assert torch.equal(found(images), exported(images)) and mean == (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+def test_weights_that_timm_saved_are_refused_as_such(tmp_path: Path) -> None:
+    save_file({"cls_token": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"model\.safetensors holds weights of something else, not the encoder or class"
+    ):
+        package.load(tmp_path)
+
+
 def test_what_is_no_encoder_is_refused_in_one_line(tmp_path: Path, finished_run: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.safetensors").write_text("hello")
@@ -168,7 +190,7 @@ def test_what_is_no_encoder_is_refused_in_one_line(tmp_path: Path, finished_run:
         save_file(tensors, tmp_path / "lacks.safetensors", metadata=file.metadata())
     for name, message in {
         "nowhere": "there is no run or file",
-        "empty": "holds neither encoder.safetensors nor classifier.safetensors; is it the folder of a run",
+        "empty": "holds neither encoder.safetensors nor classifier.safetensors nor model.safetensors; is it the folder",
         "text.safetensors": "is not a safetensors file",
         "half.safetensors": "is not a safetensors file",
         "other.safetensors": "holds weights of something else, not the encoder or classifier of a run",

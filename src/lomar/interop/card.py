@@ -1,6 +1,7 @@
 """The model card of an exported encoder: what it is, how to load it, what goes in and what comes out."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
@@ -9,6 +10,8 @@ from lomar import __version__
 from lomar.model import Encoder
 from lomar.model.encoder import ANY_SIZE
 
+INSTALL = "`pip install .` in a clone of lomar's source (it is not on PyPI)"
+_PAPERS = {"lomar": "2206.00790", "mae": "2111.06377", "beit": "2106.08254"}  # on arXiv
 _CLASSES_SHOWN = 50
 _WHITE = 255.0  # of 8-bit images
 _WHY = {
@@ -18,29 +21,69 @@ _WHY = {
 _WHY_ELSE = "No architecture of timm's holds its positions together with its attention."
 
 
-def model_card(name: str, encoder: Encoder, config: Mapping[str, Any], pretraining: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Accuracy:
+    """How a classifier was judged.
+
+    Args:
+        top1: share of images whose first guess was right.
+        images: that judged it.
+        size: (height, width) at which they did, in pixels.
+    """
+
+    top1: float
+    images: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Background:
+    """What a card tells beside the weights.
+
+    Args:
+        pretraining: option -> value; empty where it is not known.
+        finetuning: likewise.
+        accuracy: of a classifier, where it is known.
+        licence: of the weights, as the hub calls it.
+    """
+
+    pretraining: Mapping[str, Any] = field(default_factory=dict)
+    finetuning: Mapping[str, Any] = field(default_factory=dict)
+    accuracy: Accuracy | None = None
+    licence: str | None = None
+
+
+def model_card(name: str, encoder: Encoder, config: Mapping[str, Any], background: Background) -> str:
     """Markdown with the hub's front matter.
 
     Args:
         name: of the folder.
         encoder: that was exported.
         config: what config.json says.
-        pretraining: option -> value.
+        background: what it does not say.
     """
     sections = (
-        _front_matter(encoder),
+        _front_matter(encoder, background),
         _about(name, encoder),
+        _accuracy(background.accuracy),
         _loading(name, encoder, config),
         _input(encoder, config),
         _classes(config.get("label_names", ())),
-        _pretraining(pretraining),
+        _options("Pretraining", background.pretraining),
+        _options("Fine-tuning", background.finetuning),
     )
     return "\n".join(line for section in sections for line in section)
 
 
-def _front_matter(encoder: Encoder) -> Iterator[str]:
+def _front_matter(encoder: Encoder, background: Background) -> Iterator[str]:
     task = "image-classification" if encoder.num_classes else "image-feature-extraction"
-    yield from ("---", "library_name: timm", f"pipeline_tag: {task}", "tags:", "- timm", "- lomar", "---", "")
+    yield from ("---", "library_name: timm", f"pipeline_tag: {task}")
+    yield from (f"license: {background.licence}",) if background.licence else ()
+    yield from ("tags:", "- timm", "- lomar")
+    contextual = encoder.architecture["position"] == "contextual"
+    paper = _PAPERS.get(background.pretraining.get("method", "lomar" if contextual else ""))
+    yield from (f"- arxiv:{paper}",) if paper else ()
+    yield from ("---", "")
 
 
 def _about(name: str, encoder: Encoder) -> Iterator[str]:
@@ -56,20 +99,27 @@ def _about(name: str, encoder: Encoder) -> Iterator[str]:
     yield from (f"Exported by lomar {__version__}.", "")
 
 
+def _accuracy(found: Accuracy | None) -> Iterator[str]:
+    if found:
+        height, width = found.size
+        yield from (f"Top-1 accuracy {found.top1:.1%} of {found.images} images at {height} x {width} px.", "")
+
+
 def _loading(name: str, encoder: Encoder, config: Mapping[str, Any]) -> Iterator[str]:
     """What must be installed, and code that runs."""
     needs_lomar = config["architecture"] == ANY_SIZE
     yield from ("## Use", "")
     if needs_lomar:
         why = _WHY.get(encoder.architecture["position"], _WHY_ELSE)
-        yield from (f"{why} Two lines make timm know the architecture:", "")
-        yield from ("```sh", "pip install lomar", "```", "", "```python", "import lomar.model", "```", "")
+        yield f"{why} It needs lomar: {INSTALL}."
+        yield from ("One line then makes timm know the architecture:", "")
+        yield from ("```python", "import lomar.model", "```", "")
     else:
         yield f"timm alone loads it, as its `{config['architecture']}` with the arguments in config.json"
         yield from (f"(written and compared with timm {timm.__version__}).", "")
     yield "```python"
     yield from ("import lomar.model  # makes it known to timm",) if needs_lomar else ()
-    yield from ("import timm", "import torch", *(("from PIL import Image",) if _is_photo(config) else ()), "")
+    yield from ("import timm", "import torch", *(("from PIL import Image, ImageOps",) if _is_photo(config) else ()), "")
     yield f'model = timm.create_model("local-dir:{name}", pretrained=True).eval()  # from the hub: "hf-hub:USER/{name}"'
     yield from _preparation(config)
     yield "with torch.inference_mode():"
@@ -97,7 +147,8 @@ def _preparation(config: Mapping[str, Any]) -> Iterator[str]:
     if _is_photo(config):
         yield "config = timm.data.resolve_model_data_config(model)"
         yield "transform = timm.data.create_transform(**config, is_training=False)"
-        yield 'images = transform(Image.open("photo.jpg").convert("RGB"))[None]'
+        yield 'photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")  # upright'
+        yield "images = transform(photo)[None]"
         return
     channels, height, width = config["pretrained_cfg"]["input_size"]
     scale = f"{config['lomar']['scale']:g}"
@@ -126,7 +177,8 @@ def _sizes(encoder: Encoder, config: Mapping[str, Any]) -> str:
     if config["architecture"] == ANY_SIZE or encoder.architecture["position"] == "none":
         return others
     return (
-        f"{others}; timm resizes the table of positions with antialiasing, lomar without: their numbers differ a little"
+        f"{others}, but timm resizes the table of positions with antialiasing, lomar without: features differ by up to "
+        "4 % of the largest; `lomar export --image-size` resizes it as lomar does"
     )
 
 
@@ -140,10 +192,10 @@ def _classes(names: Sequence[str]) -> Iterator[str]:
     yield ""
 
 
-def _pretraining(options: Mapping[str, Any]) -> Iterator[str]:
+def _options(title: str, options: Mapping[str, Any]) -> Iterator[str]:
     if not options:
         return
-    yield from ("## Pretraining", "", "| option | value |", "|---|---|")
+    yield from (f"## {title}", "", "| option | value |", "|---|---|")
     yield from (f"| {name} | {_value(value)} |" for name, value in options.items())
     yield ""
 

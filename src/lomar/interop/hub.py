@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from lomar import __version__
 from lomar.errors import UserError
-from lomar.interop.card import model_card
+from lomar.interop.card import Background, model_card
+from lomar.interop.graphs import relative_difference
 from lomar.interop.official import BEIT, family_of, official_state
 from lomar.interop.staging import staged
-from lomar.interop.weights import save_file
+from lomar.interop.weights import EXPORTED_FILE, metadata_of, save_file
 from lomar.model import SIZES, Encoder
 from lomar.model.encoder import ANY_SIZE
 from lomar.seeding import seeded
 
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
-FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+CONFIG_FILE, CARD_FILE = "config.json", "README.md"
+FILES = (CONFIG_FILE, EXPORTED_FILE, CARD_FILE)
 # Largest difference allowed, over the largest number: timm's modules may add up in another order than ours, and each
 # of a block's sums rounds by 6e-8. What is wired wrongly differs by about 1.
 TOLERANCE = 1e-5
@@ -42,12 +43,16 @@ class Layout:
         arguments: what `timm.create_model` needs beside the name and `num_classes`.
         state: name -> weights.
         any_size: whether images of other sizes go in.
+        encoder: of ours, which the weights are of.
+        names: whose names they have, as `metadata_of` takes it.
     """
 
     architecture: str
     arguments: dict[str, Any]
     state: dict[str, Tensor]
     any_size: bool
+    encoder: Encoder
+    names: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Exported:
 
     Args:
         architecture: its name in timm.
-        difference: largest, between what timm and lomar compute of random images.
+        difference: largest, between what timm and lomar compute of random images, over the largest number.
     """
 
     architecture: str
@@ -68,13 +73,13 @@ class Exported:
         return self.architecture == ANY_SIZE
 
 
-def write_hub_folder(folder: Path, encoder: Encoder, pretraining: Mapping[str, Any]) -> Exported:
+def write_hub_folder(folder: Path, encoder: Encoder, background: Background) -> Exported:
     """Write the three files, once timm computes from them what the encoder does.
 
     Args:
         folder: made if need be; what else is in it stays.
         encoder: as `lomar.load` gives it, with its `pretrained_cfg`.
-        pretraining: option -> value, for the model card.
+        background: what the model card tells beside the weights.
 
     Raises:
         UserError: timm computes something else.
@@ -84,13 +89,17 @@ def write_hub_folder(folder: Path, encoder: Encoder, pretraining: Mapping[str, A
         for layout in _layouts(encoder):
             config = _config(encoder, layout)
             (place / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(place / WEIGHTS_FILE, layout.state, *_metadata(encoder, layout))
+            metadata = metadata_of(layout.encoder, layout.names)
+            save_file(place / EXPORTED_FILE, layout.state, "encoder", metadata)
             difference = _difference(place, encoder)
             if difference <= TOLERANCE:
-                card = model_card(folder.resolve().name, encoder, config, pretraining)
+                card = model_card(folder.resolve().name, encoder, config, background)
                 (place / CARD_FILE).write_text(card, encoding="utf-8")
                 return Exported(layout.architecture, difference)
-        raise UserError(f"timm {timm.__version__} computes otherwise from what was exported, by {difference:.1e}")
+        raise UserError(
+            f"timm {timm.__version__} computes otherwise from what was exported, by {difference:.1e} of the largest "
+            "output"
+        )
 
 
 def _layouts(encoder: Encoder) -> Iterator[Layout]:
@@ -102,17 +111,19 @@ def _layouts(encoder: Encoder) -> Iterator[Layout]:
     if made["position"] in ("sincos", "none") and made["key_bias"]:
         own: dict[str, Any] = {"fc_norm": normalises_pooled, "dynamic_img_size": True}
         own |= {"pos_embed": "none"} if made["position"] == "none" else {}
-        yield Layout(_name_in_timm("vit", made), shape | own, encoder.state_dict(), any_size=True)
+        yield Layout(_name_in_timm("vit", made), shape | own, encoder.state_dict(), True, encoder)
     if _is_beit(encoder):
         shared = made["position"] == "shared-bias"
         own = {"use_shared_rel_pos_bias": shared, "use_rel_pos_bias": not shared}
         if normalises_pooled != (encoder.global_pool == "avg"):
             own |= {"use_fc_norm": normalises_pooled}  # not every timm knows it
-        yield Layout(_name_in_timm("beit", made), shape | own, _beit_state(encoder), any_size=False)
+        fitted = copy.deepcopy(encoder)
+        fitted.set_input_size(encoder.patch_embed.img_size)  # timm's tables cover the image
+        yield Layout(_name_in_timm("beit", made), shape | own, _beit_state(fitted), False, fitted, "beit")
     own = {"fc_norm": True} if normalises_pooled else {}
     everything = {name: value for name, value in made.items() if value is not None}
     arguments = everything | {"global_pool": encoder.global_pool} | own
-    yield Layout(ANY_SIZE, arguments, encoder.state_dict(), any_size=True)
+    yield Layout(ANY_SIZE, arguments, encoder.state_dict(), True, encoder)
 
 
 def _name_in_timm(family: str, made: Mapping[str, Any]) -> str:
@@ -131,10 +142,8 @@ def _is_beit(encoder: Encoder) -> bool:
 
 
 def _beit_state(encoder: Encoder) -> dict[str, Tensor]:
-    """Weights under BEiT's names, which are timm's, with tables that cover the image."""
-    fitted = copy.deepcopy(encoder)
-    fitted.set_input_size(encoder.patch_embed.img_size)
-    state = official_state(fitted)
+    """Weights under BEiT's names, which are timm's."""
+    state = official_state(encoder)
     return {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
 
 
@@ -163,34 +172,16 @@ def _config(encoder: Encoder, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _metadata(encoder: Encoder, layout: Layout) -> tuple[str, dict[str, Any]]:
-    """What kind of file the weights are, and what `lomar.load` needs of them if it is ours."""
-    if layout.architecture != ANY_SIZE:
-        return f"weights of timm's {layout.architecture}", {}
-    told = encoder.pretrained_cfg or {}
-    return "encoder", {
-        "architecture": encoder.architecture,
-        "num_classes": encoder.num_classes,
-        "global_pool": encoder.global_pool,
-        **{name: told[name] for name in ("mean", "std", "scale")},
-        "classes": list(told.get("label_names", ())),
-    }
-
-
 def _difference(folder: Path, encoder: Encoder) -> float:
-    """Largest, between what timm makes of the folder and the encoder, over the largest number or 1."""
+    """Largest, between what timm makes of the folder and the encoder, over the largest number; NaN if any is."""
     try:
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (TypeError, RuntimeError):  # an older timm, whose architecture lacks an argument or has other tensors
         return float("inf")
     channels, size = encoder.architecture["in_chans"], encoder.patch_embed.img_size
     images = torch.randn(2, channels, *size, generator=seeded(0, "export"))
-    differences = []
     models: tuple[Any, Any] = loaded, encoder
     with torch.inference_mode():
         outputs = [(model.forward_features(images), model(images)) for model in models]
-        for got, wanted in zip(*outputs, strict=True):
-            if got.shape != wanted.shape:
-                return float("inf")
-            differences.append(float((got - wanted).abs().max()) / max(1.0, float(wanted.abs().max())))
-    return max(differences)
+        differences = [relative_difference(*pair) for pair in zip(*outputs, strict=True)]
+    return float(torch.tensor(differences).max())

@@ -168,6 +168,17 @@ def official_state(module: Encoder | MaskedReconstruction) -> dict[str, Tensor]:
     return state
 
 
+def from_beits_names(state: Mapping[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    """An encoder's weights under our names, from those that `official_state` gives a BEiT.
+
+    Args:
+        state: name -> tensor, without `relative_position_index`; what is no name of BEiT's is kept as it is.
+        encoder: whose state it is to become.
+    """
+    ours = {_released_name(name, BEIT, whole=False): name for name in encoder.state_dict()}
+    return {ours.get(name, name): tensor for name, tensor in state.items()}
+
+
 def family_of(encoder: Encoder) -> Family:
     """Whose code has such an encoder.
 

@@ -11,9 +11,10 @@ from tempfile import TemporaryDirectory
 def staged(folder: Path) -> Iterator[Path]:
     """An empty folder inside `folder`, whose files move into `folder` once all went well.
 
-    They take the place of files of the same names; other files stay. After an error `folder` is as it was.
+    They take the place of files of the same names; other files stay. After an error `folder` is as it was,
+    and gone if it was not there, with the folders on the way to it.
     """
-    made = not folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with TemporaryDirectory(prefix=".lomar-export-", dir=folder) as temporary:
@@ -23,7 +24,7 @@ def staged(folder: Path) -> Iterator[Path]:
                     os.fsync(written.fileno())
                 file.replace(folder / file.name)
     except BaseException:
-        if made:
-            with suppress(OSError):  # something else has come into it
-                folder.rmdir()
+        with suppress(OSError):  # something else has come into one of them
+            for place in made:
+                place.rmdir()
         raise

@@ -10,11 +10,12 @@ from typing import Any
 
 import safetensors
 from safetensors.torch import load_file, save
+from torch import nn
 
 from lomar import __version__
 from lomar.errors import UserError
 from lomar.files import write_atomically
-from lomar.interop.official import is_torch_file, read_official
+from lomar.interop.official import from_beits_names, is_torch_file, read_official
 from lomar.methods.composition import Composition
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.model import Encoder
@@ -23,6 +24,7 @@ from lomar.model.encoder import crop_pct
 ENCODER_FILE = "encoder.safetensors"
 RECONSTRUCTOR_FILE = "reconstructor.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
+EXPORTED_FILE = "model.safetensors"  # of a folder of `lomar export`, under timm's name
 
 
 def save_encoder(path: Path, encoder: Encoder, composition: Composition) -> None:
@@ -46,15 +48,26 @@ def save_classifier(path: Path, encoder: Encoder, classes: Sequence[str]) -> Non
         encoder: with a head, and a `pretrained_cfg` that says how its input is normalised.
         classes: one name for each output.
     """
+    save_file(path, encoder.state_dict(), "classifier", metadata_of(encoder) | {"classes": list(classes)})
+
+
+def metadata_of(encoder: Encoder, names: str = "") -> dict[str, Any]:
+    """What `load` needs beside the tensors to rebuild an encoder or a classifier.
+
+    Args:
+        encoder: with its `pretrained_cfg`.
+        names: "beit" where the tensors have BEiT's names, "" where they have ours.
+    """
     told = encoder.pretrained_cfg or {}
-    metadata = {
+    return {
         "architecture": encoder.architecture,
         "num_classes": encoder.num_classes,
         "global_pool": encoder.global_pool,
+        "fc_norm": isinstance(encoder.fc_norm, nn.LayerNorm),
         **{name: told[name] for name in ("mean", "std", "scale")},
-        "classes": list(classes),
+        "classes": list(told.get("label_names", ())),
+        **({"names": names} if names else {}),
     }
-    save_file(path, encoder.state_dict(), "classifier", metadata)
 
 
 def save_reconstructor(path: Path, method: MaskedReconstruction, composition: Composition) -> None:
@@ -63,7 +76,7 @@ def save_reconstructor(path: Path, method: MaskedReconstruction, composition: Co
 
 
 def load(path: str | Path) -> Encoder:
-    """The encoder of a run or of a released checkpoint, ready for timm-style use.
+    """The encoder of a run, of `lomar export` or of a released checkpoint, ready for timm-style use.
 
     `num_classes` is 0 and `reset_classifier` gives it a head; a fine-tuned one keeps its classifier. Its
     `pretrained_cfg` holds mean, std and input size, as `timm.data.resolve_model_data_config` reads them, and `scale`:
@@ -71,13 +84,14 @@ def load(path: str | Path) -> Encoder:
     classes of what `lomar finetune` made.
 
     Args:
-        path: a run's folder, finished or not, its `encoder.safetensors` or `classifier.safetensors`, or a file that
-            LoMaR, MAE or BEiT released (.pth), pretrained or fine-tuned.
+        path: a run's folder, finished or not, its `encoder.safetensors` or `classifier.safetensors`; a folder that
+            `lomar export --to hub-folder` wrote, or its `model.safetensors`; or a file that LoMaR, MAE or BEiT
+            released (.pth), pretrained or fine-tuned.
 
     Raises:
         UserError: there is no such file, or it does not hold an encoder.
     """
-    file = _resolve(Path(path), ENCODER_FILE, CLASSIFIER_FILE)
+    file = _resolve(Path(path), ENCODER_FILE, CLASSIFIER_FILE, EXPORTED_FILE)
     if is_torch_file(file):
         official = read_official(file)
         return describe(official.encoder, official.composition.mean, official.composition.std, 255.0)
@@ -112,7 +126,7 @@ def load_most(path: str | Path) -> tuple[Encoder | MaskedReconstruction, tuple[f
     Raises:
         UserError: there is no such file, or it holds neither.
     """
-    file = _resolve(Path(path), RECONSTRUCTOR_FILE, ENCODER_FILE, CLASSIFIER_FILE)
+    file = _resolve(Path(path), RECONSTRUCTOR_FILE, ENCODER_FILE, CLASSIFIER_FILE, EXPORTED_FILE)
     if is_torch_file(file):
         official = read_official(file)
         composition = official.composition
@@ -127,9 +141,9 @@ def load_most(path: str | Path) -> tuple[Encoder | MaskedReconstruction, tuple[f
 
 def _encoder(file: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> Encoder:
     try:
-        classifier = {name: metadata[name] for name in ("num_classes", "global_pool") if name in metadata}
+        classifier = {name: metadata[name] for name in ("num_classes", "global_pool", "fc_norm") if name in metadata}
         encoder = Encoder(**{"num_classes": 0} | classifier | metadata["architecture"])
-        encoder.load_state_dict(tensors)
+        encoder.load_state_dict(from_beits_names(tensors, encoder) if metadata.get("names") == "beit" else tensors)
         told = (metadata["mean"], metadata["std"], metadata["scale"], metadata.get("classes", ()))
         return describe(encoder, *told).eval()
     except (KeyError, TypeError, RuntimeError, ValueError) as error:

@@ -44,7 +44,10 @@ class ConvertOptions:
 class ExportOptions:
     """Write an encoder or a classifier for other tools: timm and the Hugging Face hub, ONNX, torch.export."""
 
-    model: str = option("a run's folder, a file of its weights, or a released checkpoint", metavar="RUN")
+    model: str = option(
+        "a run's folder, a file of its weights, a folder that this command wrote, or a released checkpoint",
+        metavar="RUN",
+    )
     to: str = option("what to write", choices=("hub-folder", "onnx", "torch-export"), metavar="NAME")
     out: str = option("hub-folder: a folder; onnx: FILE.onnx; torch-export: FILE.pt2", metavar="OUT")
     image_size: tuple[int, ...] | None = option(
@@ -57,4 +60,9 @@ class ExportOptions:
         metavar="NAME",
     )
     opset: int = option("ONNX operator set", default=18, low=18, metavar="N")
+    license: str | None = option(
+        "licence of the weights, for the hub's model card: apache-2.0, mit, cc-by-4.0, other ...",
+        default=None,
+        metavar="ID",
+    )
     overwrite: bool = option("replace what is in --out", default=False)
