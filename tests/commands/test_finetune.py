@@ -402,7 +402,16 @@ def test_what_learnt_from_a_folder_is_judged_by_what_it_had_kept_apart(
     assert finetune(run, "--max-steps 1 --data", labelled / "train").status == 0
     done = lomar("evaluate --model", run, "--data", labelled / "train", "--workers 0")
     assert "(4 images)" in done.out and "by the fifth of each class that fine-tuning had kept apart" in done.out
-    assert "(8 images)" in lomar("evaluate --model", run, "--data", labelled, "--workers 0").out
+    for other in (labelled / "val", labelled):  # where not all is judged, val/ is
+        done = lomar("evaluate --model", run, "--data", other, "--workers 0")
+        assert "(8 images)" in done.out and "kept apart" not in done.out
+
+
+def test_where_the_data_says_what_judges_nothing_is_kept_apart(
+    lomar: Command, tuned: Path, labelled: Path, tmp_path: Path
+) -> None:
+    done = lomar("evaluate --model", tuned, "--data", labelled, "--workers 0")
+    assert "(8 images)" in done.out and "kept apart" not in done.out
 
 
 def test_an_earlier_table_outlives_a_failed_prediction(

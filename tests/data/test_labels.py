@@ -103,8 +103,8 @@ def test_without_two_classes_there_is_nothing_to_evaluate_on(tmp_path: Path) -> 
 
 def test_the_images_that_judge_a_classifier_are_val_or_all(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/b/2.jpg")
-    assert judging_images(str(tmp_path), ["a", "b", "c"]).labels.tolist() == [1]
-    assert judging_images(str(tmp_path / "train"), ["b", "a"]).labels.tolist() == [1, 0]
+    assert judging_images(str(tmp_path), ["a", "b", "c"])[0].labels.tolist() == [1]
+    assert judging_images(str(tmp_path / "train"), ["b", "a"])[0].labels.tolist() == [1, 0]
 
 
 # Tables
@@ -139,7 +139,7 @@ def test_a_third_column_says_what_judges(tmp_path: Path) -> None:
     path = table(tmp_path / "t.csv", "1.jpg,a,train", "2.jpg,b", "3.jpg,b,test", "4.jpg,a,validation")
     data = labelled_data(path, seed=0)
     assert (data.train.labels.tolist(), data.val.labels.tolist()) == ([0, 1], [1, 0])
-    assert judging_images(path, ["a", "b"]).labels.tolist() == [1, 0]
+    assert judging_images(path, ["a", "b"])[0].labels.tolist() == [1, 0]
 
 
 def test_a_folder_can_be_judged_by_a_table(tmp_path: Path) -> None:

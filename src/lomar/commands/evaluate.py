@@ -24,13 +24,13 @@ def command(given: Mapping[str, Any]) -> int:
         _make_folder(Path(options.out))
     session = Session(options.model, options.image_size, options.device, options.precision)
     learnt_from = _learnt_from(options.model, options.data)
-    labelled = judging_images(options.data, session.classes, held_out=learnt_from)
+    labelled, kept_apart = judging_images(options.data, session.classes, learnt_from=learnt_from)
     with closing(session.answers(labelled.source, options.batch_size, options.workers)) as answers:
         found = judge(answers, labelled.labels, len(session.classes))
     if found is None:
         raise UserError(f"--data {options.data}: none of {len(labelled)} images can be read")
     lines = summary(found, session.classes)
-    if learnt_from:
+    if kept_apart:
         lines.append("judged by the fifth of each class that fine-tuning had kept apart: it learnt from the others")
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     if options.out:
@@ -54,7 +54,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _learnt_from(model: str, data: str) -> bool:
-    """Whether a run was fine-tuned on just these images, and nothing said which of them judge."""
+    """Whether a run was fine-tuned on just these images, and no others judged it."""
     path = Path(model)
     config = (path if path.is_dir() else path.parent) / CONFIG_FILE
     try:

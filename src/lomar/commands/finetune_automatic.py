@@ -71,7 +71,7 @@ def choose_finetuning(
     else:
         epochs = settle("epochs", *_epochs(count, gpu, large, start.scratch))
     long = epochs >= LONG_EPOCHS
-    short = f"{epochs:g} epochs: under {LONG_EPOCHS}, more noise only slows learning"
+    short = f"{epochs:.3g} epochs: under {LONG_EPOCHS}, more noise only slows learning"
     share, whose = (20 / 300, "MAE's from scratch") if start.scratch else (0.05, "the paper's")
     if start.beit and not start.scratch:
         share, whose = 0.2, "BEiT's"

@@ -330,7 +330,8 @@ def _on_classes(data: LabelledData) -> list[str]:
     counts = np.bincount(data.train.labels, minlength=len(data.classes))
     least, most = int(counts.argmin()), int(counts.argmax())
     judging = f"{len(data.val)} to judge by" + (", a fifth of each class, drawn" if data.drawn else "")
-    lines = [f"{len(data.classes)} classes, {counts[least]} to {counts[most]} images each; {judging}"]
+    each = f"{counts[least]} to {counts[most]}" if counts[least] < counts[most] else f"{counts[most]}"
+    lines = [f"{len(data.classes)} classes, {each} images each; {judging}"]
     if counts[most] >= IMBALANCE * counts[least]:
         lines.append(
             f"warning: {data.classes[most]!r} has {counts[most] / counts[least]:.0f} times the images of "

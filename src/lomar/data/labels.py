@@ -128,22 +128,28 @@ def evaluation_split(path: str, seed: int, train: int, val: int, flag: str = "--
     return labelled_data(path, seed, flag=flag).thinned(train, val, seed)
 
 
-def judging_images(path: str, classes: list[str], flag: str = "--data", held_out: bool = False) -> Labelled:
+def judging_images(
+    path: str, classes: list[str], flag: str = "--data", learnt_from: bool = False
+) -> tuple[Labelled, bool]:
     """The images that judge a classifier of known classes: val/ where there is one, else all.
 
     Args:
         path: a folder or a table, as for `labelled_data`.
         classes: names of the classifier's outputs.
         flag: the option the path came from, for messages.
-        held_out: whether the classifier learnt from these images but for a fifth of each class: judge by that fifth.
+        learnt_from: whether the classifier learnt from these images; where nothing says which judge, the fifth of each
+            class that it was not shown does.
+
+    Returns:
+        The images, and whether they are that fifth.
 
     Raises:
         UserError: nothing to read, no labels, or a class that the classifier does not know.
     """
-    if held_out:
+    if learnt_from:
         data = labelled_data(path, SPLIT_SEED, flag=flag)
         if data.drawn and data.classes == classes:
-            return data.val
+            return data.val, True
     everything, judge = _parts(path, flag)
     named = judge or everything
     if not named.names:
@@ -153,7 +159,7 @@ def judging_images(path: str, classes: list[str], flag: str = "--data", held_out
     if unknown:
         listed = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
         raise UserError(f"{flag} {path}: the model does not know the class {unknown[0]!r}; it knows {listed}")
-    return _numbered(named, numbers)
+    return _numbered(named, numbers), False
 
 
 def _parts(path: str, flag: str) -> tuple[_Named, _Named | None]:
