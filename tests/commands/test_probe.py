@@ -532,27 +532,27 @@ def test_maes_probe_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert numbers[0] == numbers[1]
 
 
-def test_a_bad_file_is_replaced_by_another_image_with_that_ones_label(lomar, photos: Path, tmp_path: Path) -> None:
+def with_a_bad_file(photos: Path, data: Path) -> Path:
+    """The photos as train/ and as val/, and a file among the first that is no image."""
     for image in photos.rglob("*.png"):
         for part in ("train", "val"):
-            place = tmp_path / "data" / part / image.relative_to(photos)
+            place = data / part / image.relative_to(photos)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(image)
-    bad = tmp_path / "data" / "train" / "red" / "bad.jpg"
+    bad = data / "train" / "red" / "bad.jpg"
     bad.write_bytes(b"no image")
+    return bad
+
+
+def test_a_bad_file_is_replaced_by_another_image_with_that_ones_label(lomar, photos: Path, tmp_path: Path) -> None:
+    bad = with_a_bad_file(photos, tmp_path / "data")
     done = lomar("probe", MAE, "--data", tmp_path / "data", "--out", tmp_path / "p")
     assert done.status == 0 and f"skipped an unreadable image: {bad}: " in done.out
     assert result(tmp_path / "p")["images"]["fit"] == {"images": 9, "unusable": [str(bad)]}
 
 
 def test_a_resumed_probe_of_mae_remembers_the_bad_files(lomar, photos: Path, tmp_path: Path, stopped_at) -> None:
-    for image in photos.rglob("*.png"):
-        for part in ("train", "val"):
-            place = tmp_path / "data" / part / image.relative_to(photos)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(image)
-    bad = tmp_path / "data" / "train" / "red" / "bad.jpg"
-    bad.write_bytes(b"no image")
+    bad = with_a_bad_file(photos, tmp_path / "data")
     stopped_at(MaeProbe, 9, signal.SIGTERM)  # of eleven steps, four epochs of which are over
     done = lomar("probe", MAE, "--data", tmp_path / "data", "--out", tmp_path / "p")
     assert done.status == 143 and done.out.count("skipped an unreadable image") == 1

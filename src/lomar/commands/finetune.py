@@ -1,7 +1,6 @@
 """`lomar finetune`: an encoder and labelled images -> a classifier."""
 
 import hashlib
-import signal
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 
 from lomar.commands.finetune_settling import LAST_FILE, SettledFinetuning, settle, settle_again
 from lomar.commands.judging import EVALUATION_FILE, judged, numbers_of, summary, write_judgement
-from lomar.commands.runs import CONFIG_FILE, asked_for, begin, disband, make_fabric
+from lomar.commands.runs import CONFIG_FILE, asked_for, begin, disband, make_fabric, raise_unless_done
 from lomar.data.labels import Labelled
 from lomar.data.loader import MicroBatch
 from lomar.data.supervised import training_batches
@@ -57,11 +56,7 @@ def finetune(**options: Any) -> Path:
         TrainingError: the loss is not finite, twice.
     """
     given = converted(FinetuneOptions, options)
-    status = command(given)
-    if status == 128 + signal.SIGINT:
-        raise KeyboardInterrupt
-    if status:
-        raise SystemExit(status)
+    raise_unless_done(command(given))
     return Path(_asked_for(given)["out"])
 
 

@@ -1,6 +1,5 @@
 """`lomar pretrain`: a folder of images -> an encoder."""
 
-import signal
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from lightning_fabric import Fabric
 
 from lomar.commands.evaluation import Evaluation, evaluation_data
-from lomar.commands.runs import CONFIG_FILE, begin, disband, make_fabric
+from lomar.commands.runs import CONFIG_FILE, begin, disband, make_fabric, raise_unless_done
 from lomar.commands.settling import TOKENIZER_FILE, Settled, asked_for_pretraining, settle, settle_again
 from lomar.data.labels import LabelledData
 from lomar.data.loader import CropPlan, MicroBatch, pretraining_batches
@@ -54,20 +53,12 @@ def pretrain(**options: Any) -> Path:
         TrainingError: the loss is not finite, twice.
     """
     given = converted(PretrainOptions, options)
-    status = _run(given)
-    if status == 128 + signal.SIGINT:
-        raise KeyboardInterrupt
-    if status:
-        raise SystemExit(status)
+    raise_unless_done(command(given))
     return Path(asked_for_pretraining(given)["out"])
 
 
 def command(given: Mapping[str, Any]) -> int:
     """Run `lomar pretrain` with the options that were given; returns the exit status."""
-    return _run(given)
-
-
-def _run(given: Mapping[str, Any]) -> int:
     asked = asked_for_pretraining(given)
     if "out" not in asked:
         raise UserError("--out is missing: the folder in which to make the run")

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict
 from pathlib import Path
@@ -138,6 +139,19 @@ def stored(run: Path, asked: Mapping[str, Any], options: type) -> dict[str, Any]
     if (values.get("epochs") is None) == (values.get("max_steps") is None):
         raise UserError(f"{file} is not what a run writes: it must settle one of epochs and max_steps")
     return values
+
+
+def raise_unless_done(status: int) -> None:
+    """What a call from Python gets instead of an exit status.
+
+    Raises:
+        KeyboardInterrupt: SIGINT came.
+        SystemExit: the status is another one than 0.
+    """
+    if status == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    if status:
+        raise SystemExit(status)
 
 
 def make_fabric(device: str, precision: str) -> Fabric:
