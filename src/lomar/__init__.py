@@ -4,32 +4,30 @@
     encoder = lomar.load("run")            # timm-compatible
     lomar.pretrain(data="photos", out="run")
     lomar.finetune(model="run", data="labelled", out="classifier")
+    lomar.evaluate(model="classifier", data="labelled")
+    lomar.predict(model="classifier", images="photos", out="predictions.csv")
+    lomar.embed(model="run", data="photos", out="photos.safetensors")
 
 Importing lomar loads neither torch nor timm.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["finetune", "load", "pretrain"]
+__all__ = ["embed", "evaluate", "finetune", "load", "predict", "pretrain"]
 
 if TYPE_CHECKING:
+    from lomar.commands.embed import embed
+    from lomar.commands.evaluate import evaluate
     from lomar.commands.finetune import finetune
+    from lomar.commands.predict import predict
     from lomar.commands.pretrain import pretrain
     from lomar.interop.weights import load
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from lomar.interop.weights import load
-
-        return load
-    if name == "pretrain":
-        from lomar.commands.pretrain import pretrain
-
-        return pretrain
-    if name == "finetune":
-        from lomar.commands.finetune import finetune
-
-        return finetune
-    raise AttributeError(f"module 'lomar' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'lomar' has no attribute {name!r}")
+    home = "lomar.interop.weights" if name == "load" else f"lomar.commands.{name}"
+    return getattr(importlib.import_module(home), name)

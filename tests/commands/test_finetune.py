@@ -17,6 +17,8 @@ from PIL import Image
 import lomar as package
 from lomar.commands.automatic import Hardware
 from lomar.commands.finetune_automatic import Start, choose_finetuning
+from lomar.downstream.embedding import read_embedding
+from lomar.errors import UserError
 from lomar.interop.weights import save_encoder
 from lomar.methods.recipes import RECIPES
 
@@ -244,6 +246,14 @@ def test_the_api_is_the_command(labelled: Path, finished_run: Path, miniature: N
     words = {"batch_size": 4, "workers": 0, "max_steps": 1, "device": "cpu"}
     run = package.finetune(model=str(finished_run), data=str(labelled), out=str(tmp_path / "run"), **words)
     assert package.load(run).num_classes == 2
+    shares = package.evaluate(model=str(run), data=str(labelled), workers=0)
+    assert set(shares) == {"top1", "mean_class_top1", "val_loss"} and 0 <= shares["top1"] <= 1
+    table = package.predict(model=str(run), images=str(labelled / "val"), out=str(tmp_path / "p.csv"), workers=0)
+    assert len(table.read_text().splitlines()) == 9
+    file = package.embed(model=str(run), data=str(labelled / "val"), out=str(tmp_path / "e.npz"), workers=0)
+    assert read_embedding(file).features.shape == (8, 16)
+    with pytest.raises(UserError, match=r"there is no option 'modl' \(did you mean model\?\)"):
+        package.evaluate(modl="x")
 
 
 def test_class_imbalance_is_told(finetune: Command, labelled: Path, tmp_path: Path) -> None:

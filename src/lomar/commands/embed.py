@@ -11,6 +11,7 @@ from typing import Any
 
 from lomar import __version__
 from lomar.commands.frozen import FrozenEncoder, check_readable, open_frozen, watched, weights_digest, why
+from lomar.commands.runs import raise_unless_done
 from lomar.data.sources import ImageSource, open_source
 from lomar.downstream.embedding import begun
 from lomar.downstream.embedding_writer import (
@@ -24,13 +25,29 @@ from lomar.downstream.embedding_writer import (
 from lomar.downstream.features import Wanted, layer_count
 from lomar.errors import UserError
 from lomar.interop.models import patch_size_of
-from lomar.options import EmbedOptions
+from lomar.options import EmbedOptions, converted
 from lomar.training.loop import StopRequest
 
 _BATCH_SIZE = 64
 # Patches an image may have at that batch size: attention may keep a number for each pair of them, in each head.
 _PATCHES = {"cpu": 256, "cuda": 1024}
 _PATCH_PX = 16  # taken for models without patches
+
+
+def embed(**options: Any) -> Path:
+    """Write the features of all images; the same keys as the options of `lomar embed`, with underscores.
+
+    Returns:
+        The file, for `lomar.downstream.embedding.read_embedding`.
+
+    Raises:
+        KeyboardInterrupt: SIGINT came; `resume=True` goes on.
+        SystemExit: SIGTERM came; likewise.
+        UserError: an option is unknown or wrong, or the images cannot be used.
+    """
+    given = converted(EmbedOptions, options)
+    raise_unless_done(command(given))
+    return Path(given["out"])
 
 
 def command(given: Mapping[str, Any]) -> int:

@@ -1,21 +1,38 @@
 """`lomar evaluate`: how good a fine-tuned classifier is on labelled images."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from lomar.commands.judging import Session, summary, write_judgement
+from lomar.commands.judging import Session, numbers_of, summary, write_judgement
 from lomar.commands.runs import CONFIG_FILE
 from lomar.data.labels import judging_images
-from lomar.downstream.classify import judge
+from lomar.downstream.classify import Judgement, judge
 from lomar.errors import UserError
-from lomar.options import EvaluateOptions, FinetuneOptions, read_config
+from lomar.options import EvaluateOptions, FinetuneOptions, converted, read_config
+
+
+def evaluate(**options: Any) -> dict[str, float]:
+    """Judge a classifier on labelled images; the same keys as the options of `lomar evaluate`, with underscores.
+
+    Returns:
+        `top1`, `top5` where there are more than five classes, `mean_class_top1`, shares from 0 to 1, and `val_loss`.
+
+    Raises:
+        UserError: an option is unknown or wrong, the model is no classifier, or the images do not fit it.
+    """
+    return numbers_of(_judged(converted(EvaluateOptions, options), lambda line: None))
 
 
 def command(given: Mapping[str, Any]) -> int:
     """Run `lomar evaluate` with the options that were given; returns the exit status."""
+    _judged(given, lambda line: sys.stdout.write(f"{line}\n"))
+    return 0
+
+
+def _judged(given: Mapping[str, Any], say: Callable[[str], object]) -> Judgement:
     for name in ("model", "data"):
         if name not in given:
             raise UserError(f"--{name} is missing; see lomar evaluate --help")
@@ -29,18 +46,18 @@ def command(given: Mapping[str, Any]) -> int:
         found = judge(answers, labelled.labels, len(session.classes))
     if found is None:
         raise UserError(f"--data {options.data}: none of {len(labelled)} images can be read")
-    lines = summary(found, session.classes)
+    for line in summary(found, session.classes):
+        say(line)
     if kept_apart:
-        lines.append("judged by the fifth of each class that fine-tuning had kept apart: it learnt from the others")
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+        say("judged by the fifth of each class that fine-tuning had kept apart: it learnt from the others")
     if options.out:
         about = {"model": options.model, "data": options.data, "image_size": list(session.input.size)}
         try:
             written = write_judgement(Path(options.out), Path(options.out), found, session.classes, about)
         except OSError as error:
             raise UserError(f"--out {options.out} cannot be written: {error.strerror or error}") from error
-        sys.stdout.write(f"{' and '.join(map(str, written))} written\n")
-    return 0
+        say(f"{' and '.join(map(str, written))} written")
+    return found
 
 
 def _make_folder(folder: Path) -> None:

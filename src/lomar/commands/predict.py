@@ -8,10 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from lomar.commands.judging import Session
+from lomar.commands.runs import raise_unless_done
 from lomar.data.sources import ImageSource, open_source
 from lomar.errors import UserError
 from lomar.files import write_atomically
-from lomar.options import PredictOptions
+from lomar.options import PredictOptions, converted
+
+
+def predict(**options: Any) -> Path:
+    """Write a table of the classes seen in images; the same keys as the options of `lomar predict`, with underscores.
+
+    Returns:
+        The table, a .csv of path, label and probability.
+
+    Raises:
+        UserError: an option is unknown or wrong, the model is no classifier, or no image can be read.
+    """
+    given = converted(PredictOptions, options)
+    raise_unless_done(command(given))
+    return Path(given["out"])
 
 
 def command(given: Mapping[str, Any]) -> int:
