@@ -138,9 +138,8 @@ def test_predict_writes_a_line_for_each_image(lomar: Command, tuned: Path, label
         ("bad, one.png", ""),
     ]
     assert lines[2]["probability"] == "" and 0.5 < float(lines[0]["probability"]) <= 1
-    assert (
-        lomar("predict", "--model", tuned, "--images", tmp_path / "in", "--out", out, "--top 2 --workers 0").status == 0
-    )
+    again = ("predict --overwrite --top 2 --workers 0 --model", tuned, "--images", tmp_path / "in", "--out", out)
+    assert lomar(*again).status == 0
     first = next(csv.DictReader(out.open()))
     assert {first["label_1"], first["label_2"]} == {"red", "blue"}
     assert float(first["probability_1"]) + float(first["probability_2"]) == pytest.approx(1, abs=1e-5)
@@ -430,11 +429,20 @@ def test_an_earlier_table_outlives_a_failed_prediction(
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"x")
     (tmp_path / "p.csv").write_text("precious")
-    refused(lomar("predict --model", tuned, "--images", tmp_path / "bad", "--out", tmp_path / "p.csv"))
+    words: tuple[Any, ...] = ("predict --model", tuned, "--images", tmp_path / "bad", "--out", tmp_path / "p.csv")
+    assert refused(lomar(*words)) == f"--out {tmp_path / 'p.csv'} exists; --overwrite replaces it"
+    assert "none of 1 can be read" in refused(lomar(*words, "--overwrite"))
     assert (tmp_path / "p.csv").read_text() == "precious"
     (tmp_path / "folder.csv").mkdir()
     words = ("predict --model", tuned, "--images", labelled, "--out", tmp_path / "folder.csv")
     assert refused(lomar(*words)) == f"--out {tmp_path / 'folder.csv'} is a folder; it must be a .csv file"
+
+
+def test_an_evaluation_is_replaced_only_if_asked_for(lomar: Command, tuned: Path, labelled: Path) -> None:
+    words = ("evaluate --workers 0 --model", tuned, "--data", labelled, "--out", tuned)
+    before = (tuned / "evaluation.json").read_bytes()
+    assert refused(lomar(*words)) == f"--out {tuned} already holds an evaluation; --overwrite replaces it"
+    assert (tuned / "evaluation.json").read_bytes() == before
 
 
 def test_an_average_that_is_still_at_its_beginning_is_warned_of(finetune: Command, tmp_path: Path) -> None:

@@ -154,9 +154,9 @@ def test_the_python_of_the_guide_classifies_as_the_probe_did(
     logits = torch.stack([rows[val.source.name(index)] for index in range(len(val))])
     loss = F.cross_entropy(logits, torch.from_numpy(val.labels)).item()
     assert loss == pytest.approx(result(Path("probe"))["chosen"]["val"]["loss"], abs=2e-5)
-    assert (
-        str([names["told"]["classes"][int(each)] for each in names["logits"].argmax(dim=1)]) in capsys.readouterr().out
-    )
+    guesses = [names["told"]["classes"][int(each)] for each in names["logits"].argmax(dim=1)]
+    shown = "".join(f"{source.name(index)} {guess}\n" for index, guess in enumerate(guesses))
+    assert shown in capsys.readouterr().out
 
 
 def test_the_head_is_chosen_by_what_was_held_out_and_never_by_val(

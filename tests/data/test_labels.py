@@ -239,6 +239,7 @@ def test_a_classifier_is_not_asked_about_classes_it_does_not_know(tmp_path: Path
             " line 1: split is 'dev'; it can be train, training, val, valid, validation, test, testing",
         ),
         (["image_no,kind", "1.jpg,a"], " line 1: 'image_no' is no image; a header names path and label"),
+        (["file,clas,fold"], " line 1: a header must name path and label; of what it names, path, split is known"),
         (["./1.jpg,a", "x/../1.jpg,b"], " line 2: 1.jpg stands on line 1 already, as 'a' and not 'b'"),
         (["1.jpg,a", "2\0.jpg,b"], " line 2: a zero byte; a table must be UTF-8 text"),
         (["path,label"], ": the table names no image; it has a line path,label for each"),

@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from lomar.commands.judging import Session, numbers_of, summary, write_judgement
+from lomar.commands.judging import EVALUATION_FILE, Session, numbers_of, summary, write_judgement
 from lomar.commands.runs import CONFIG_FILE
 from lomar.data.labels import judging_images
 from lomar.downstream.classify import Judgement, judge
@@ -38,7 +38,7 @@ def _judged(given: Mapping[str, Any], say: Callable[[str], object]) -> Judgement
             raise UserError(f"--{name} is missing; see lomar evaluate --help")
     options = EvaluateOptions(**given)
     if options.out:
-        _make_folder(Path(options.out))
+        _make_folder(Path(options.out), options.overwrite)
     session = Session(options.model, options.image_size, options.device, options.precision)
     learnt_from = _learnt_from(options.model, options.data)
     labelled, kept_apart = judging_images(options.data, session.classes, learnt_from=learnt_from)
@@ -60,8 +60,10 @@ def _judged(given: Mapping[str, Any], say: Callable[[str], object]) -> Judgement
     return found
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, overwrite: bool) -> None:
     """Before the work, so that nothing is judged in vain."""
+    if (folder / EVALUATION_FILE).exists() and not overwrite:
+        raise UserError(f"--out {folder} already holds an evaluation; --overwrite replaces it")
     if folder.is_file():
         raise UserError(f"--out {folder} is a file; it must be a folder")
     try:

@@ -40,6 +40,8 @@ def command(given: Mapping[str, Any]) -> int:
         raise UserError(f"--out is {out}; it must end in .csv")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; it must be a .csv file")
+    if out.exists() and not options.overwrite:
+        raise UserError(f"--out {out} exists; --overwrite replaces it")
     session = Session(options.model, options.image_size, options.device, options.precision)
     if options.top > len(session.classes):
         raise UserError(f"--top is {options.top}; the model knows {len(session.classes)} classes")

@@ -235,6 +235,9 @@ def _rows(path: Path, flag: str) -> Iterator[_Row]:
                 if {"path", "label"} <= set(header):
                     columns, width = header, 1 + max(header["path"], header["label"])
                     continue
+                if header and not Path(cells[0]).suffix:
+                    named = ", ".join(header)
+                    raise UserError(f"{where}: a header must name path and label; of what it names, {named} is known")
                 if not any(cells):
                     continue
                 row = _row(cells, columns, width, where)

@@ -117,6 +117,7 @@ class EvaluateOptions:
     out: str | None = option(
         "folder for evaluation.json and the confusion matrix's picture", default=None, metavar="DIR"
     )
+    overwrite: bool = option("replace the evaluation in --out", default=False)
     image_size: tuple[int, ...] | None = option(IMAGE_SIZE, default=None, auto="the model's", low=1, metavar="PX")
     batch_size: int = option("images at once", default=32, low=1, metavar="N")
     workers: int | None = option("processes that read images", default=None, auto=AUTO, low=0, metavar="W")
@@ -131,6 +132,7 @@ class PredictOptions:
     model: str = option("a fine-tuned run, or its classifier's file", metavar="RUN2")
     images: tuple[str, ...] = option("images, folders of images, or .txt files of paths", metavar="PATH")
     out: str = option("table to write", metavar="FILE.csv")
+    overwrite: bool = option("replace the table in --out", default=False)
     top: int = option("classes for each image, most probable first", default=1, low=1, metavar="K")
     image_size: tuple[int, ...] | None = option(IMAGE_SIZE, default=None, auto="the model's", low=1, metavar="PX")
     batch_size: int = option("images at once", default=32, low=1, metavar="N")
