@@ -247,10 +247,14 @@ def test_a_signal_while_features_are_made_leaves_no_half_of_them(
     assert done.status == 0 and f"the probe in {out} is finished" in done.out
 
 
-def test_killed_while_features_are_made_it_goes_on_and_leaves_nothing(lomar, photos: Path, tmp_path: Path) -> None:
+def test_killed_while_features_are_made_it_goes_on_and_leaves_nothing(
+    lomar, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe_cache, "IMAGES_AT_ONCE", 3)
     out, words = tmp_path / "p", FAST.split()
     code = f"""
-import os, signal
+import os, signal, torch
+torch.set_num_threads({torch.get_num_threads()})
 from lomar.cli import main
 from lomar.commands import frozen, probe_cache
 from lomar.downstream import embedding_writer
