@@ -1,6 +1,7 @@
 """Claims about the command line itself: help, wrong words, exit status, and what is not imported."""
 
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -179,3 +180,12 @@ def test_each_kind_of_failure_has_its_status(
     monkeypatch.setattr(lomar.commands.reconstruct, "command", fail)
     assert main(["reconstruct"]) == status
     assert capsys.readouterr().err == text
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """As in `lomar recipes | head -1`."""
+    code = "import sys; from lomar.cli import main; sys.exit(main(['--help']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # before anything is written
+        assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
