@@ -177,7 +177,8 @@ class Evaluation:
             self.display.say("no image that judges can be read")
             return {}
         numbers = {name: round(value, 6) for name, value in numbers_of(found).items()}
-        if self.best_top1 is None or numbers["top1"] > self.best_top1:
+        best = self.best_top1
+        if best is None or numbers["top1"] > best:
             save_classifier(self.run / CLASSIFIER_FILE, self.classifier, self.settled.data.classes)
         self.display.say(f"step {step}: {summary(found, self.settled.data.classes)[0]}")
         return numbers

@@ -118,7 +118,8 @@ def settle(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
             raise UserError(f"{flag(name)} is missing: {what}")
     check_new(run, asked)
     check_kind(run, FinetuneOptions)
-    if run.resolve() in (Path(asked["model"]).resolve(), Path(asked["model"]).resolve().parent):
+    model = Path(asked["model"]).resolve()
+    if run.resolve() in (model, model.parent):
         raise UserError(f"--out {run} is the folder of --model; give another folder")
     hardware = find_hardware(asked.get("device", "auto"), process_count())
     data = labelled_data(asked["data"], SPLIT_SEED, asked.get("val"))

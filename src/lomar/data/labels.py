@@ -146,15 +146,13 @@ def judging_images(
     Raises:
         UserError: nothing to read, no labels, or a class that the classifier does not know.
     """
-    if learnt_from:
-        data = labelled_data(path, SPLIT_SEED, flag=flag)
-        if data.drawn and data.classes == classes:
-            return data.val, True
+    numbers = {name: number for number, name in enumerate(classes)}
     everything, judge = _parts(path, flag)
+    if learnt_from and judge is None and sorted(set(everything.names)) == classes:
+        return _drawn(_numbered(everything, numbers), classes, SPLIT_SEED, f"{flag} {path}").val, True
     named = judge or everything
     if not named.names:
         raise UserError(f"{flag} {path}: the images have no labels; a folder for each class, or a .csv of path,label")
-    numbers = {name: number for number, name in enumerate(classes)}
     unknown = sorted(set(named.names) - set(numbers))
     if unknown:
         listed = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
