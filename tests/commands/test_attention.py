@@ -48,7 +48,7 @@ def look_right(method: MaskedReconstruction) -> None:
                 if name.endswith("bias"):
                     parameter[: len(parameter) // 3] = 1  # queries
             elif name.endswith("rpe.table"):
-                bucket = contextual_buckets(torch.tensor([[[0, 0], [0, 1]]]))[0, 1, 2]
+                bucket = contextual_buckets(torch.tensor([[[0, 0], [0, 1]]]))[0, 0, 1]
                 parameter[:, bucket] = 100
             elif name.endswith("rel_pos_bias.table"):
                 relative = method.get_submodule(name.removesuffix(".table"))

@@ -6,7 +6,7 @@ from golden import TOLERANCE, fill, filler
 
 from lomar.model import Encoder, attention, positions
 from lomar.model.attention import ContextualAttention
-from lomar.model.positions import contextual_buckets, grid_coordinates
+from lomar.model.positions import NOWHERE, grid_coordinates
 
 
 def classifier() -> Encoder:
@@ -24,7 +24,7 @@ def test_attention_equals_the_released_layer() -> None:
     layer = ContextualAttention(48, 3).double()
     fill(layer)
     x = (4 * filler(2 * 50 * 48, j=1000)).reshape(2, 50, 48)
-    out = layer(x, contextual_buckets(grid_coordinates(7, 7)[None]))
+    out = layer(x, layer.relate(grid_coordinates(7, 7)[None], None))
     expected = {
         (0, 0): [0.41391782, 3.13943365, -3.63805445, 0.79820989],
         (0, 1): [-0.08445485, 2.3904794, -3.81202128, 0.29157272],
@@ -62,6 +62,10 @@ def test_the_vectors_tell_a_scaled_query_apart(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_vectors_tell_a_flipped_sign_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Key minus query in place of query minus key gives H3's wrong numbers and so would be noticed."""
-    monkeypatch.setattr(attention, "contextual_buckets", lambda at: positions.contextual_buckets(-at))
+
+    def flipped(at: torch.Tensor) -> torch.Tensor:
+        return positions.contextual_buckets(torch.where(at == NOWHERE, at, -at))
+
+    monkeypatch.setattr(attention, "contextual_buckets", flipped)
     wrong = torch.tensor([-0.20393246, -0.07098072, 0.17239139]).double()
     torch.testing.assert_close(logits(classifier(), 2, 32)[0, :3], wrong, **TOLERANCE)

@@ -19,6 +19,7 @@ from lomar.model.positions import (
     resize_absolute,
     resize_bias,
     sincos_table,
+    with_cls,
 )
 
 coordinates = st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=1, max_size=7)
@@ -31,7 +32,7 @@ def test_piecewise_index_is_exact_near_and_saturates_at_four() -> None:
 
 
 def test_buckets_of_a_7x7_window_are_the_released_ones() -> None:
-    patches = contextual_buckets(grid_coordinates(7, 7)[None])[0, 1:, 1:]
+    patches = contextual_buckets(grid_coordinates(7, 7)[None])[0]
     first = [[24, 23, 22, 22, 21, 21, 21], [17, 16, 15, 15, 14, 14, 14], *[[10, 9, 8, 8, 7, 7, 7]] * 2]
     first += [[3, 2, 1, 1, 0, 0, 0]] * 3
     centre = [[40, 40, 39, 38, 37, 36, 36]] * 2 + [[33, 33, 32, 31, 30, 29, 29], [26, 26, 25, 24, 23, 22, 22]]
@@ -43,7 +44,7 @@ def test_buckets_of_a_7x7_window_are_the_released_ones() -> None:
 
 
 def test_every_pair_with_the_cls_token_has_its_own_bucket() -> None:
-    buckets = contextual_buckets(grid_coordinates(3, 5)[None])
+    buckets = contextual_buckets(with_cls(grid_coordinates(3, 5)[None]))
     assert buckets.shape == (1, 16, 16)
     assert (buckets[:, 0] == CLS_BUCKET).all()
     assert (buckets[:, :, 0] == CLS_BUCKET).all()
@@ -59,7 +60,7 @@ def test_shifting_all_coordinates_changes_nothing(at: list[tuple[int, int]], dow
 @given(coordinates)
 def test_exchanging_query_and_key_mirrors_the_bucket(at: list[tuple[int, int]]) -> None:
     """Bucket 24 is the middle of the 7x7 table, and a pair and its reverse lie opposite each other."""
-    patches = contextual_buckets(torch.tensor([at]))[0, 1:, 1:]
+    patches = contextual_buckets(torch.tensor([at]))[0]
     assert torch.equal(patches + patches.T, torch.full_like(patches, 48))
 
 

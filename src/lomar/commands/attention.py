@@ -164,16 +164,17 @@ def looks_of(subject: Subject, image: Tensor, place: Place) -> list[Look]:
     coordinates = grid_coordinates(*subject.size)[order]
 
     def keep(weights: Tensor) -> Look:
-        shares = between_patches(weights)[:, :, 1:]  # (1, heads, tokens, tokens)
-        there = order[: shares.shape[-1]]  # hidden patches, which stand last, may not have entered yet
+        there = order[: weights.shape[-1] - 1]  # hidden patches, which stand last, may not have entered yet
+        shares = between_patches(weights)[:, :, -len(there) :]  # (1, heads, queries, tokens), without cls
+        asking = there[-shares.shape[2] :]  # in the last block hidden patches alone
         at = coordinates[None, : len(there)]
-        looking = place.hidden[there]
+        looking = place.hidden[asking]
         if not looking.any():
             looking = torch.ones_like(looking)
-        queries = shares[:, :, looking]
-        distance = attention_distance(queries, at[:, looking], at)
-        even = attention_distance(torch.full_like(queries, 1 / len(there)), at[:, looking], at)
-        of_query = shares[0, :, there == place.query].mean(dim=0).sum(dim=0)  # (tokens,)
+        queries, queries_at = shares[:, :, looking], at[:, -len(asking) :][:, looking]
+        distance = attention_distance(queries, queries_at, at)
+        even = attention_distance(torch.full_like(queries, 1 / len(there)), queries_at, at)
+        of_query = shares[0, :, asking == place.query].mean(dim=0).sum(dim=0)  # (tokens,)
         return Look(torch.zeros(len(order)).index_copy(0, there, of_query), distance, even)
 
     with torch.inference_mode(), recorded_attention(subject.blocks, keep) as looks:

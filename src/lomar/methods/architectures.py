@@ -16,7 +16,7 @@ class View(NamedTuple):
     Args:
         visible: (R, N - M, P * P * C) normalised pixels.
         visible_at: int64 (R, N - M, 2), coordinates in the image.
-        hidden_at: int64 (R, M, 2), coordinates of the hidden patches.
+        hidden_at: int64 (R, M, 2), coordinates of the hidden patches that are to be predicted.
         spared: where views hide fewer than M: pixels (R, M, P * P * C) of the patches at `hidden_at`, and bool (R, M),
             which of them are visible after all. None where every view hides M.
     """
@@ -75,10 +75,15 @@ class MaskedEncoder(nn.Module):
             view: visible patches, and where the hidden ones are.
             paths: (R, depth, 2) uniform numbers that decide for drop path.
         """
-        return self.encode(view, paths)[:, 1 + view.visible.shape[1] :]
+        return self.encode(view, paths, asked_from=1 + view.visible.shape[1])
 
-    def encode(self, view: View, paths: Tensor | None = None) -> Tensor:
-        """(R, 1 + N, D): cls, visible and hidden tokens after the final norm; arguments as for `forward`."""
+    def encode(self, view: View, paths: Tensor | None = None, asked_from: int = 0) -> Tensor:
+        """(R, 1 + N - asked_from, D): cls, visible and hidden tokens after the final norm.
+
+        Args:
+            view, paths: as for `forward`.
+            asked_from: the first token that is wanted.
+        """
         encoder = self.encoder
         x = encoder.embed(view.visible, view.visible_at)
         if self.mask_layer:
@@ -89,7 +94,8 @@ class MaskedEncoder(nn.Module):
             masks = torch.where(is_visible[..., None], encoder.embed_patches(patches), masks)
         x = torch.cat([x, encoder.place(masks, view.hidden_at)], dim=1)  # (R, 1 + N, D)
         relation = encoder.relate(torch.cat([view.visible_at, view.hidden_at], dim=1))
-        return encoder.norm(encoder.run_blocks(x, relation, first=self.mask_layer, paths=paths))
+        x = encoder.run_blocks(x, relation, first=self.mask_layer, paths=paths, asked_from=asked_from)
+        return encoder.norm(x)
 
 
 class EncoderDecoder(nn.Module):
@@ -139,10 +145,15 @@ class EncoderDecoder(nn.Module):
             view: visible patches, and where the hidden ones are; every view must hide equally many.
             paths: (R, depth, 2) uniform numbers that decide for the encoder's drop path.
         """
-        return self.decode(view, paths)[:, 1 + view.visible.shape[1] :]
+        return self.decode(view, paths, asked_from=1 + view.visible.shape[1])
 
-    def decode(self, view: View, paths: Tensor | None = None) -> Tensor:
-        """(R, 1 + N, width): cls, visible and hidden tokens after the decoder's norm; arguments as for `forward`."""
+    def decode(self, view: View, paths: Tensor | None = None, asked_from: int = 0) -> Tensor:
+        """(R, 1 + N - asked_from, width): cls, visible and hidden tokens after the decoder's norm.
+
+        Args:
+            view, paths: as for `forward`.
+            asked_from: the first token that is wanted.
+        """
         encoder, decoder = self.encoder, self.decoder
         x = encoder.embed(view.visible, view.visible_at)
         x = encoder.norm(encoder.run_blocks(x, encoder.relate(view.visible_at), paths=paths))
@@ -151,7 +162,7 @@ class EncoderDecoder(nn.Module):
         coordinates = torch.cat([view.visible_at, view.hidden_at], dim=1)
         patches = decoder.place(torch.cat([x[:, 1:], masks], dim=1), coordinates)
         x = torch.cat([decoder.place_cls(x[:, :1]), patches], dim=1)  # (R, 1 + N, width)
-        return decoder.norm(decoder.run_blocks(x, decoder.relate(coordinates)))
+        return decoder.norm(decoder.run_blocks(x, decoder.relate(coordinates), asked_from=asked_from))
 
 
 Architecture = MaskedEncoder | EncoderDecoder

@@ -2,16 +2,74 @@
 
 A block's attention is one of three, by what it adds to the logits: a contextual bias (LoMaR), a learned bias of its own
 (BEiT, fine-tuned), or what the encoder hands to all blocks alike: a shared bias (BEiT, pretraining) or nothing (MAE).
+
+How it is worked out depends on the hardware. PyTorch's fused attention has the fastest kernels on a GPU, but not for a
+bias that is learned from the queries, which has kernels of its own (`lomar.model.kernels`). On a CPU plain matrix
+products are up to four times as fast as the fused attention in training (docs/performance.md); where a layer's weights
+would be many megabytes an image, they are worked out a few heads at a time, and again in the backward pass.
 """
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lomar.model.positions import ContextualPosition, Grid, RelativeBias, contextual_buckets
+from lomar.model.positions import ContextualPosition, Grid, RelativeBias, contextual_buckets, with_cls
 
-# What `relate` makes of the coordinates for the blocks: a bias, buckets, or rows of a table and its grid.
-Relation = Tensor | tuple[Tensor, Grid] | None
+# Most tokens whose probabilities a CPU keeps for the backward pass: at 1024, 25 MB a layer and image of 12 heads.
+KEPT_TOKENS = 1024
+_ELEMENTS_AT_ONCE = 2**22  # logits worked out at a time where they are not kept
+_TRITON = find_spec("triton") is not None  # it is not on every platform
+
+
+class Places(NamedTuple):
+    """What a contextual bias needs to know of the tokens, cls first.
+
+    Args:
+        at: int32 (R or 1, N, 2), row and column; `positions.NOWHERE` of cls.
+        buckets: int64 (R or 1, N, N), which vector of the table each pair uses; None where a kernel works that out.
+    """
+
+    at: Tensor
+    buckets: Tensor | None
+
+
+# What `relate` makes of the coordinates for the blocks: a bias, places, or rows of a table and its grid.
+Relation = Tensor | Places | tuple[Tensor, Grid] | None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(d) + b) v.
+
+    Args:
+        q: (R, heads, M, d).
+        k, v: (R, heads, N, d).
+        bias: b, (R or 1, heads, M, N), or None.
+
+    Returns:
+        (R, heads, M, d).
+    """
+    long = k.shape[-2] > KEPT_TOKENS
+    if q.device.type != "cpu" or torch.compiler.is_exporting() or (long and (bias is None or not bias.requires_grad)):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return by_products(q, k, v, bias)
+
+
+def by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`attend`, by one matrix product after another; keeps the probabilities (R, heads, M, N)."""
+    rows, heads, m, d = q.shape
+    scale = d**-0.5
+    q, k, v = (each.flatten(0, 1) for each in (q, k, v))  # (R * heads, M or N, d)
+    if bias is None:
+        logits = torch.bmm(q * scale, k.transpose(1, 2))
+    else:
+        bias = bias.expand(rows, -1, -1, -1).flatten(0, 1)
+        logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)  # (R * heads, M, N)
+    return torch.bmm(logits.softmax(dim=-1), v).view(rows, heads, m, d)
 
 
 def contextual_bias(q: Tensor, table: Tensor, buckets: Tensor) -> Tensor:
@@ -20,15 +78,79 @@ def contextual_bias(q: Tensor, table: Tensor, buckets: Tensor) -> Tensor:
     The query enters unscaled, as in the released LoMaR code (the iRPE it cites scales it first).
 
     Args:
-        q: (R, heads, N, d).
+        q: (R, heads, M, d).
         table: (d, buckets), the vectors R as columns.
-        buckets: int64 (R or 1, N, N).
+        buckets: int64 (R or 1, M, N).
 
     Returns:
-        (R, heads, N, N).
+        (R, heads, M, N).
     """
-    by_bucket = q @ table.to(q.dtype)  # (R, heads, N, buckets)
+    by_bucket = q @ table.to(q.dtype)  # (R, heads, M, buckets)
     return by_bucket.gather(-1, buckets[:, None].expand(q.shape[0], q.shape[1], -1, -1))
+
+
+def contextual_by_products(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: Places, first: int = 0) -> Tensor:
+    """Attention with a contextual bias that is written out for every head: (R, heads, M, d)."""
+    return attend(q, k, v, contextual_bias(q, table, _buckets(places, first)))
+
+
+def contextual_recomputed(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: Places, first: int = 0) -> Tensor:
+    """The same, a few heads at a time and again in the backward pass: nothing of size heads x M x N is kept."""
+    buckets = _buckets(places, first)
+    some = max(1, _ELEMENTS_AT_ONCE // (q.shape[-2] * k.shape[-2]))  # heads at a time
+
+    def part(q: Tensor, k: Tensor, v: Tensor, table: Tensor, buckets: Tensor) -> Tensor:
+        return by_products(q, k, v, contextual_bias(q, table, buckets))
+
+    rows = []
+    for row in range(q.shape[0]):
+        here = slice(row, row + 1)
+        own = buckets[here] if len(buckets) > 1 else buckets
+        heads = zip(*(each[here].split(some, dim=1) for each in (q, k, v)), strict=True)
+        parts = [checkpoint(part, *few, table, own, use_reentrant=False) for few in heads]
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows)
+
+
+def contextual_fused(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: Places, first: int = 0) -> Tensor:
+    """The same in one Triton kernel, which looks the bias up block by block: (R, heads, M, d)."""
+    from lomar.model.kernels import fused_attention
+
+    return fused_attention(q, k, v, table, places.at[:, first:], places.at)
+
+
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Places, int], Tensor]
+
+# name -> attention with a contextual bias: q (R, heads, M, d), of the tokens from `first` on; k, v (R, heads, N, d);
+# the table (d, buckets); the places of all N tokens; first = N - M.
+BACKENDS: dict[str, Backend] = {
+    "products": contextual_by_products,
+    "recomputed": contextual_recomputed,
+    "fused": contextual_fused,
+}
+
+
+def backend_for(q: Tensor, tokens: int) -> str:
+    """The fastest of `BACKENDS` for queries (R, heads, M, d) and so many keys.
+
+    On a CPU `recomputed` where the weights of a layer are large.
+    """
+    exporting = torch.compiler.is_exporting()
+    if _may_be_fused(q.device) and not exporting:
+        from lomar.model.kernels import supported
+
+        if supported(q):
+            return "fused"
+    return "products" if tokens <= KEPT_TOKENS or exporting or q.device.type != "cpu" else "recomputed"
+
+
+def _may_be_fused(device: torch.device) -> bool:
+    return _TRITON and device.type == "cuda"
+
+
+def _buckets(places: Places, first: int) -> Tensor:
+    buckets = contextual_buckets(places.at) if places.buckets is None else places.buckets
+    return buckets[:, first:]
 
 
 class Attention(nn.Module):
@@ -59,51 +181,73 @@ class Attention(nn.Module):
         """
         return None
 
-    def bias(self, q: Tensor, relation: Relation) -> Tensor | None:
-        """What is added to the logits: (R or 1, heads, N, N), or None."""
-        assert not isinstance(relation, tuple)
-        return relation
+    def bias(self, q: Tensor, relation: Relation, first: int = 0) -> Tensor | None:
+        """What is added to the logits of the tokens from `first` on: (R or 1, heads, M, N), or None."""
+        assert relation is None or isinstance(relation, Tensor)
+        return relation if relation is None else relation[:, :, first:]
 
-    def forward(self, x: Tensor, relation: Relation) -> Tensor:
-        """(R, N, D) tokens, and what `relate` gave -> (R, N, D)."""
-        q, k, v = self._project(x)
-        bias = self.bias(q, relation)
-        bias = bias if bias is None else bias.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (R, heads, N, D / heads)
-        return self.proj(out.transpose(1, 2).reshape(x.shape))
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, relation: Relation, first: int) -> Tensor:
+        """Values mixed as the logits say: (R, heads, M, d)."""
+        bias = self.bias(q, relation, first)
+        return attend(q, k, v, bias if bias is None else bias.to(q.dtype))
 
-    def weights(self, x: Tensor, relation: Relation) -> Tensor:
-        """Where every token looks: (R, heads, N, N), rows of sum 1, for pictures and statistics."""
-        q, k, _ = self._project(x)
+    def forward(self, x: Tensor, relation: Relation, first: int = 0) -> Tensor:
+        """(R, N, D) tokens -> (R, N - first, D), what the tokens from `first` on gather from all.
+
+        Args:
+            x: tokens.
+            relation: what `relate` gave.
+            first: the tokens before this one are looked at, but do not look.
+        """
+        q, k, v = self._project(x, first)
+        out = self.mixed(q, k, v, relation, first)  # (R, heads, N - first, D / heads)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor, relation: Relation, first: int = 0) -> Tensor:
+        """Where the tokens from `first` on look: (R, heads, N - first, N), rows of sum 1; for pictures, statistics."""
+        q, k, _ = self._project(x, first)
         logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        bias = self.bias(q, relation)
+        bias = self.bias(q, relation, first)
         return (logits if bias is None else logits + bias).softmax(dim=-1)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, each (R, heads, N, d)."""
-        r, n, d = x.shape
+    def _project(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the tokens from `first` on, keys and values of all: (R, heads, M or N, d) each."""
+        width = x.shape[-1]
         bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
-        return qkv.view(r, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if not first:
+            q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+        else:
+            of_q, of_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+            q = F.linear(x[:, first:], self.qkv.weight[:width], of_q)
+            k, v = F.linear(x, self.qkv.weight[width:], of_kv).chunk(2, dim=-1)
+        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (q, k, v))
+        return q, k, v
 
 
 class ContextualAttention(Attention):
-    """Attention with contextual relative position; the relation is the buckets."""
+    """Attention with contextual relative position; the relation is the places of the tokens."""
 
     def __init__(self, width: int, heads: int, key_bias: bool = True) -> None:
         super().__init__(width, heads, key_bias)
         self.rpe = ContextualPosition(width // heads)
 
-    def relate(self, coordinates: Tensor, extent: Grid | None) -> Tensor:
-        """int64 (R or 1, 1 + N, 1 + N) buckets."""
-        return contextual_buckets(coordinates)
+    def relate(self, coordinates: Tensor, extent: Grid | None) -> Places:
+        """The places of the tokens with cls first, and their buckets where no kernel works them out."""
+        at = with_cls(coordinates)
+        return Places(at, None if _may_be_fused(at.device) else contextual_buckets(at))
 
-    def bias(self, q: Tensor, relation: Relation) -> Tensor:
-        """(R, heads, N, N)."""
-        assert isinstance(relation, Tensor)
-        return contextual_bias(q, self.rpe.table, relation)
+    def bias(self, q: Tensor, relation: Relation, first: int = 0) -> Tensor:
+        """(R, heads, M, N)."""
+        assert isinstance(relation, Places)
+        return contextual_bias(q, self.rpe.table, _buckets(relation, first))
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, relation: Relation, first: int) -> Tensor:
+        """(R, heads, M, d), by the backend for this device and length."""
+        assert isinstance(relation, Places)
+        backend = BACKENDS[backend_for(q, k.shape[-2])]
+        return backend(q, k, v, self.rpe.table, relation, first)
 
 
 class BiasedAttention(Attention):
@@ -117,7 +261,8 @@ class BiasedAttention(Attention):
         """Rows of the table, and the grid it must cover."""
         return self.rel_pos_bias.relate(coordinates, extent)
 
-    def bias(self, q: Tensor, relation: Relation) -> Tensor:
-        """(R or 1, heads, N, N)."""
-        assert isinstance(relation, tuple)
-        return self.rel_pos_bias(relation)
+    def bias(self, q: Tensor, relation: Relation, first: int = 0) -> Tensor:
+        """(R or 1, heads, M, N)."""
+        assert isinstance(relation, tuple) and not isinstance(relation, Places)
+        index, grid = relation
+        return self.rel_pos_bias((index[:, first:], grid))

@@ -21,6 +21,7 @@ REACH = int(BETA)  # farthest index per axis: 3
 SIDE = 2 * REACH + 1  # indices per axis: 7
 CLS_BUCKET = SIDE * SIDE  # 49: any pair with the cls token in it
 BUCKETS = CLS_BUCKET + 1
+NOWHERE = -(2**15)  # row and column of the cls token
 _MERGED = 3  # from this distance on the index is one less than the distance: 3 shares that of 2
 _SATURATION = 4  # from this distance on the index is REACH; far positions reuse near ones' vectors
 
@@ -42,26 +43,32 @@ def piecewise_index(delta: int) -> int:
     return int(math.copysign(min(grown, BETA), delta))
 
 
-def contextual_buckets(coordinates: Tensor) -> Tensor:
-    """Which vector of the position table each query-key pair uses, with a cls token put first.
+def with_cls(coordinates: Tensor) -> Tensor:
+    """int32 (R, 1 + N, 2): coordinates (R, N, 2) of patch tokens, with a cls token at `NOWHERE` put first."""
+    return nn.functional.pad(coordinates.int(), (0, 0, 1, 0), value=NOWHERE)
+
+
+def contextual_buckets(at: Tensor) -> Tensor:
+    """Which vector of the position table each query-key pair uses.
 
     Args:
-        coordinates: integer (R, N, 2), row and column of every patch token; R may be 1 for all rows alike.
+        at: integer (R, N, 2), row and column of every token, `NOWHERE` of cls; R may be 1 for all rows alike.
 
     Returns:
-        int64 (R, 1 + N, 1 + N): 7 * row index + column index of (query - key), each index counted from 0; `CLS_BUCKET`
-        where the query or the key is the cls token.
+        int64 (R, N, N): 7 * row index + column index of (query - key), each index counted from 0; `CLS_BUCKET` where
+        the query or the key is the cls token.
 
     Source: LoMaR section 3.2 "Relative positional encoding"; "product" method of Wu et al. 2021.
     """
 
     def along(axis: int) -> Tensor:
-        position = coordinates[..., axis]
+        position = at[..., axis]
         delta = (position[:, :, None] - position[:, None, :]).clamp(-_SATURATION, _SATURATION)  # (R, N, N)
         # `piecewise_index` in arithmetic: a table would have to be copied to the device at every step.
-        return delta.sign() * (delta.abs() - (delta.abs() >= _MERGED).long()) + REACH
+        return delta.sign() * (delta.abs() - (delta.abs() >= _MERGED).to(delta.dtype)) + REACH
 
-    return nn.functional.pad(SIDE * along(0) + along(1), (1, 0, 1, 0), value=CLS_BUCKET)
+    cls = at[..., 0] == NOWHERE  # (R, N)
+    return (SIDE * along(0) + along(1)).masked_fill(cls[:, :, None] | cls[:, None, :], CLS_BUCKET).long()
 
 
 def grid_coordinates(rows: int, columns: int, device: torch.device | None = None) -> Tensor:

@@ -38,15 +38,17 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width, init_values) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, relation: Relation, keep: Tensor | None = None) -> Tensor:
-        """Tokens (R, N, D) -> (R, N, D).
+    def forward(self, x: Tensor, relation: Relation, keep: Tensor | None = None, first: int = 0) -> Tensor:
+        """Tokens (R, N, D) -> (R, N - first, D).
 
         Args:
             x: tokens.
             relation: what the attention's `relate` gave.
             keep: factor of each branch in each row (R, 2), in the place of drop path's own draw.
+            first: the token from which on they are asked for; those before are looked at and go no further.
         """
-        branch = self.ls1(self.attn(self.norm1(x), relation))
+        branch = self.ls1(self.attn(self.norm1(x), relation, first))
+        x = x[:, first:] if first else x
         x = x + (self.drop_path(branch) if keep is None else branch * keep[:, 0, None, None].to(branch.dtype))
         branch = self.ls2(self.mlp(self.norm2(x)))
         return x + (self.drop_path(branch) if keep is None else branch * keep[:, 1, None, None].to(branch.dtype))
@@ -140,7 +142,13 @@ class Transformer(nn.Module):
         return self.blocks[0].attn.relate(coordinates, extent)  # type: ignore[union-attr,operator]
 
     def run_blocks(
-        self, x: Tensor, relation: Relation, first: int = 0, last: int | None = None, paths: Tensor | None = None
+        self,
+        x: Tensor,
+        relation: Relation,
+        first: int = 0,
+        last: int | None = None,
+        paths: Tensor | None = None,
+        asked_from: int = 0,
     ) -> Tensor:
         """Tokens after blocks `first` to `last` (exclusive).
 
@@ -150,16 +158,24 @@ class Transformer(nn.Module):
             first, last: range of blocks.
             paths: (R, depth, 2) uniform numbers that decide for drop path, so that a sample's draw is its own; without
                 them it draws from torch's global generator.
+            asked_from: the first token that is wanted; the last block spares what the others would need of it alone.
+
+        Returns:
+            (R, 1 + N - asked_from, D).
         """
         keep = None if paths is None else (paths >= self.drop_rates[:, None]) / (1 - self.drop_rates[:, None])
-        for i, block in list(enumerate(self.blocks))[first:last]:
-            x = self._run(block, x, relation, None if keep is None else keep[:, i])
+        blocks = list(enumerate(self.blocks))[first:last]
+        for i, block in blocks:
+            ends = i == blocks[-1][0]
+            x = self._run(block, x, relation, None if keep is None else keep[:, i], asked_from if ends else 0)
         return x
 
-    def _run(self, block: nn.Module, x: Tensor, relation: Relation, keep: Tensor | None = None) -> Tensor:
+    def _run(
+        self, block: nn.Module, x: Tensor, relation: Relation, keep: Tensor | None = None, first: int = 0
+    ) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, relation, keep, use_reentrant=False)
-        return block(x, relation, keep)
+            return checkpoint(block, x, relation, keep, first, use_reentrant=False)
+        return block(x, relation, keep, first)
 
     def set_grid(self, grid: Grid) -> None:
         """Be made for another grid: tables that depend on it are resized for good."""
