@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lomar.methods.masks import BlockwiseMask, KeptMask, UniformMask, hide_largest, hide_smallest
+from lomar.methods.masks import CHOICES, BlockwiseMask, KeptMask, Share, UniformMask, hide_largest, hide_smallest
 from lomar.seeding import seeded
 
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
@@ -147,3 +147,34 @@ def test_blocks_hide_at_least_one_patch_at_most_the_count_and_never_all(
     assert hidden.shape == (3, patches) and hidden.dtype == torch.bool
     counts = hidden.sum(-1)
     assert (counts >= 1).all() and (counts <= int(patches * ratio)).all() and (counts < patches).all()
+
+
+@given(st.integers(1, 9), st.integers(2, 9), st.data(), st.sampled_from(CHOICES), st.integers(0, 2**32))
+def test_a_share_is_of_the_hidden_patches_and_of_the_size_asked_for(
+    rows: int, columns: int, data: st.DataObject, choice: str, seed: int
+) -> None:
+    hidden = KeptMask(rows * columns, data.draw(st.floats(0.05, 0.5))).draw(3, seeded(seed))
+    count = data.draw(st.integers(1, int(hidden[0].sum())))
+    share = Share((rows, columns), count, choice)
+    predicted = share.draw(hidden, seeded(seed, "share"))
+    assert (predicted <= hidden).all() and predicted.sum(-1).tolist() == [count] * 3
+    assert torch.equal(predicted, share.draw(hidden, seeded(seed, "share")))
+
+
+def test_furthest_patches_by_hand() -> None:
+    """On a row of eleven with the middle visible: whichever is first, the further end is second."""
+    hidden = torch.ones(1, 11, dtype=torch.bool)
+    hidden[:, 5] = False
+    for seed in range(20):
+        first = int(Share((1, 11), 1).draw(hidden, seeded(seed)).nonzero()[0, 1])
+        both = Share((1, 11), 2).draw(hidden, seeded(seed))[0].nonzero().flatten().tolist()
+        assert set(both) == {first, 10 if first < 5 else 0}
+        three = Share((1, 11), 3).draw(hidden, seeded(seed))[0].nonzero().flatten()
+        assert (three[1:] - three[:-1]).min() >= 2
+
+
+def test_uniform_patches_are_chosen_alike() -> None:
+    """Of 3,000 views each of 5 hidden patches is predicted in about 2/5 (five deviations: 135)."""
+    hidden = torch.tensor([[True, False, True, True, True, True, False]]).expand(3000, -1)
+    counts = Share((1, 7), 2, "uniform").draw(hidden, seeded(0, "test")).sum(0)
+    assert counts[~hidden[0]].eq(0).all() and ((counts[hidden[0]] - 1200).abs() < 135).all()

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lomar.data.loader import SampleKey
 from lomar.methods.architectures import Architecture, EncoderDecoder, MaskedEncoder, Stage, View
 from lomar.methods.composition import Composition
-from lomar.methods.masks import BlockwiseMask, KeptMask, UniformMask
+from lomar.methods.masks import BlockwiseMask, KeptMask, Share, UniformMask
 from lomar.methods.recipes import RECIPES, compose
 from lomar.methods.reconstruction import MaskedReconstruction, ViewsAndMask
 from lomar.methods.targets import TARGETS, VisualTokens, patchify, unpatchify
@@ -40,6 +40,7 @@ def small(
     whole: bool = False,
     drop_path: float = 0.0,
     beit: bool = False,
+    share: int | None = None,
 ) -> MaskedReconstruction:
     """A small method of two channels; without a mask layer it has a decoder."""
     torch.manual_seed(0)
@@ -74,6 +75,7 @@ def small(
         mean=(0.4, 0.5),
         std=(0.2, 0.3),
         scale=255.0,
+        share=Share(views.size, share) if share else None,
     )
     return prepared(method, CHANNELS)
 
@@ -151,6 +153,8 @@ CASES |= {
     | {"target": "tokens", "drop_path": 0.2},
     "pixels": {"target": "pixels"},
     "tokens of windows": {"target": "tokens"},
+    "a share": {"mask_layer": 3, "share": 2},
+    "a share, decoder": {"mask_layer": None, "share": 2},
 }
 METHODS: dict[str, Callable[[], MaskedReconstruction]] = {name: partial(small, **CASES[name]) for name in CASES}
 METHODS |= {f"recipe {name}": partial(tiny, name) for name in RECIPES}
@@ -190,18 +194,26 @@ def test_every_trainable_parameter_gets_a_finite_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_loss_counts_hidden_patches_alone(name: str) -> None:
-    """Each once, whatever a view hides; how far the predictions of others are off does not matter."""
+    """Each once, whatever a view hides; how far the predictions of others are off does not matter.
+
+    Where a share of them is predicted, that share is what counts.
+    """
     method = METHODS[name]()
     inputs = batch(method)
     pixels, corners, hidden, paths = views_of(inputs)
+    predicted = inputs["predicted"].flatten(0, 1) if "predicted" in inputs else None
     with torch.no_grad():
         total, count = method(**inputs)
-        prediction, scene = method.predict(method.normalise(pixels), corners, hidden, paths, inputs.get("tokenised"))
+        views = method.normalise(pixels)
+        prediction, scene = method.predict(views, corners, hidden, paths, inputs.get("tokenised"), predicted)
         losses = method.target.loss(prediction, method.target.truth(scene))
+    if predicted is not None:
+        assert method.share and (predicted <= hidden).all() and (predicted.sum(1) == method.share.count).all()
+        hidden = predicted
     assert count == hidden.sum()
     summed = torch.zeros(())
     for row, places in enumerate(scene.at.tolist()):
-        assert len(set(places)) == len(places) == method.mask.count
+        assert len(set(places)) == len(places) == (method.share or method.mask).count
         assert set(hidden[row].nonzero().flatten().tolist()) <= set(places)
         summed += sum(losses[row, i] for i, place in enumerate(places) if hidden[row, place])
     torch.testing.assert_close(total, summed)
@@ -290,24 +302,99 @@ def test_only_the_tokens_that_are_there_cost(mask_layer: int | None, position: s
         method(**inputs)
     rows, n, m = 6, SIDE**2, method.mask.count
 
-    def block(tokens: int, width: int, heads: int) -> int:
-        linear = 2 * tokens * width * width * (3 + 1 + 4 + 4)
-        contextual = 2 * heads * tokens * (width // heads) * 50 if position == "contextual" else 0
-        attention = 2 * 2 * heads * tokens * tokens * (width // heads)
+    def block(tokens: int, width: int, heads: int, asked: int | None = None) -> int:
+        asked = tokens if asked is None else asked
+        linear = 2 * width * width * (2 * tokens + (1 + 1 + 4 + 4) * asked)
+        contextual = 2 * heads * asked * (width // heads) * 50 if position == "contextual" else 0
+        attention = 2 * 2 * heads * asked * tokens * (width // heads)
         return linear + contextual + attention
 
     few, all_ = 1 + n - m, 1 + n
     if mask_layer is None:
         stages = [Stage(few, DEPTH, WIDTH), Stage(all_, DECODER_DEPTH, DECODER_WIDTH)]
-        expected = DEPTH * block(few, WIDTH, HEADS) + DECODER_DEPTH * block(all_, DECODER_WIDTH, DECODER_HEADS)
+        expected = DEPTH * block(few, WIDTH, HEADS)
         expected += 2 * few * WIDTH * DECODER_WIDTH  # from one width to the other
     else:
         stages = [Stage(few, mask_layer, WIDTH)] * (mask_layer > 0) + [Stage(all_, DEPTH - mask_layer, WIDTH)]
-        expected = mask_layer * block(few, WIDTH, HEADS) + (DEPTH - mask_layer) * block(all_, WIDTH, HEADS)
+        expected = mask_layer * block(few, WIDTH, HEADS)
+    _, blocks, width = stages[-1]
+    heads = DECODER_HEADS if mask_layer is None else HEADS
+    expected += (blocks - 1) * block(all_, width, heads) + block(
+        all_, width, heads, asked=m
+    )  # in the last, hidden alone
     expected += 2 * (n - m) * PATCH**2 * CHANNELS * WIDTH  # only visible patches are embedded
     expected += 2 * m * stages[-1].width * PATCH**2 * CHANNELS  # only hidden ones are predicted
     assert counter.get_total_flops() == rows * expected
     assert method.stages() == stages
+
+
+@pytest.mark.parametrize("mask_layer", [0, 3, None])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_what_the_last_block_spares_changes_nothing(position: str, mask_layer: int | None) -> None:
+    """Latents and gradients of the hidden patches are those of a pass that asks for every token."""
+    architecture = small(position, mask_layer).double().architecture
+    patches, at = torch.randn(2, 4, PATCH**2 * CHANNELS).double(), grid_coordinates(SIDE, SIDE).expand(2, -1, -1)
+    view = View(patches, at[:, :4], at[:, 4:])
+    every = architecture.encode if isinstance(architecture, MaskedEncoder) else architecture.decode
+    trained = [p for p in architecture.parameters() if p.requires_grad]
+    results = []
+    for latents in (architecture(view), every(view)[:, 5:]):
+        weights = torch.linspace(-1, 1, latents.numel()).view(latents.shape).double()
+        results.append([latents, *torch.autograd.grad((latents * weights).sum(), trained)])
+    torch.testing.assert_close(*results)
+
+
+def test_patches_that_are_left_out_might_as_well_not_exist() -> None:
+    """The predictions of a share are those of views that have no other hidden patch."""
+    method = small(mask_layer=3, share=2)
+    inputs = batch(method)
+    pixels, corners, hidden, _ = views_of(inputs)
+    predicted = inputs["predicted"].flatten(0, 1)
+    with torch.no_grad():
+        prediction, scene = method.predict(method.normalise(pixels), corners, hidden, predicted=predicted)
+        places = corners[:, None] + grid_coordinates(SIDE, SIDE)
+        visible = torch.stack([each.nonzero().flatten() for each in ~hidden])
+        shown = scene.patches.gather(1, visible[..., None].expand(-1, -1, scene.patches.shape[-1]))
+        seen_at, asked_at = (places.gather(1, each[..., None].expand(-1, -1, 2)) for each in (visible, scene.at))
+        alone = method.head(method.architecture(View(shown, seen_at, asked_at)))
+    torch.testing.assert_close(prediction, alone)
+
+
+def test_a_mask_of_blocks_goes_with_no_share() -> None:
+    with pytest.raises(ValueError, match="all hidden patches are predicted"):
+        small(mask="blockwise", share=2)
+
+
+def test_pictures_predict_all_that_is_hidden() -> None:
+    method = small(mask_layer=3, share=2)
+    pixels, corners, hidden, _ = views_of(batch(method))
+    with torch.no_grad():
+        restored = method.reconstruct(pixels, corners, hidden)
+    assert restored is not None
+    changed = patchify(restored - method.denormalise(method.normalise(pixels)), PATCH).abs().amax(-1) > 1e-5
+    assert torch.equal(changed, hidden)
+    assert method.with_mask(UniformMask(SIDE**2, 0.3)).share is None
+
+
+@pytest.mark.parametrize("name", ["contextual, masks at block 0", "a share", "block-bias, blocks", "as mae", "as beit"])
+def test_the_forward_pass_is_one_graph(name: str) -> None:
+    """torch.compile breaks it nowhere, and gives what the pass itself gives."""
+    method = METHODS[name]()
+    inputs = batch(method)
+    torch.compiler.reset()
+    with torch.no_grad():
+        found = torch.compile(method, fullgraph=True, backend="eager")(**inputs)
+        torch.testing.assert_close(found, method(**inputs))
+
+
+def test_gradients_with_checkpointing_are_those_without() -> None:
+    for mask_layer in (3, None):
+        method = small(mask_layer=mask_layer)
+        trained = [p for p in method.parameters() if p.requires_grad]
+        kept = torch.autograd.grad(method(**batch(method))[0], trained)
+        method.set_grad_checkpointing()
+        again = torch.autograd.grad(method(**batch(method))[0], trained)
+        torch.testing.assert_close(kept, again)
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -439,7 +526,8 @@ def test_patchify_is_row_column_channel_and_unpatchify_its_inverse() -> None:
 
 def test_visible_patches_come_first_and_both_kinds_in_raster_order() -> None:
     hidden = torch.tensor([[1, 0, 1, 1, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1, 1, 1]]).bool()
-    assert small().order(hidden).tolist() == [[1, 4, 5, 8, 0, 2, 3, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7, 8]]
+    visible, at = small().order(hidden)
+    assert torch.cat([visible, at], dim=1).tolist() == [[1, 4, 5, 8, 0, 2, 3, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7, 8]]
 
 
 def test_sixteen_bit_and_eight_bit_pixels_of_one_image_are_one_input() -> None:

@@ -7,8 +7,10 @@ import contextlib
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +136,10 @@ def choose(
         settle("statistics", "data", f"{channels} channels of {pixel_type}: estimated from the images")
     model = settle("model", *_model(count, gpu))
     if given.get("architecture") == "encoder-decoder":
-        for name, value, reason in _decoder(size_of(model)[0]):
+        for name, value, reason in decoder_for(size_of(model)[0]):
             settle(name, value, reason)
     else:
-        choices |= {name: Choice(value, "") for name, value, _ in _decoder(768) if name not in given}
+        choices |= {name: Choice(value, "") for name, value, _ in decoder_for(768) if name not in given}
     image_size, patch_size = image_and_patch(given, short_side_px, gpu)
     settle("image_size", *image_size)
     settle("patch_size", *patch_size)
@@ -149,9 +151,24 @@ def choose(
         choices["epochs"] = Choice(None, "--max-steps is given")
     else:
         settle("epochs", *_epochs(count, gpu))
-    workers = min(16, max(1, hw.cores - 1)) if gpu else min(2, hw.cores // 2)
-    settle("workers", workers, f"{hw.cores} cores" + ("" if gpu else ", which the model needs too"))
+    reason = f"{hw.cores} cores" + ("" if gpu else ", which the model needs too")
+    settle("workers", loading_workers(hw.cores, gpu), reason)
+    settle("compile", *compiling(gpu))
     return choices
+
+
+def compiling(gpu: bool) -> tuple[str, str]:
+    """Whether the training step is compiled: on a GPU, where what that needs is installed."""
+    if not gpu:
+        return "no", "no faster on a CPU"  # docs/performance.md
+    if find_spec("triton") is None or not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "no", "that takes Triton and a C compiler, such as gcc"
+    return "yes", "faster on a GPU; the first step takes a minute or two"
+
+
+def loading_workers(cores: int, gpu: bool) -> int:
+    """Processes that read images, of each process that trains and has so many cores."""
+    return min(16, max(1, cores - 1)) if gpu else min(2, cores // 2)
 
 
 def _model(count: int, gpu: bool) -> tuple[str, str]:
@@ -161,7 +178,7 @@ def _model(count: int, gpu: bool) -> tuple[str, str]:
     return size, f"{count} images"
 
 
-def _decoder(width: int) -> list[tuple[str, int, str]]:
+def decoder_for(width: int) -> list[tuple[str, int, str]]:
     """MAE's decoder for a base encoder; about two thirds as wide as a smaller one, and less deep."""
     values = (512, 8, 16) if width >= 768 else (256, 8, 8) if width >= 384 else (128, 4, 4)
     reason = "MAE's" if width >= 768 else f"for an encoder {width} wide; MAE's 512 x 8 is for one of 768"

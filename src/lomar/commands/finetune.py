@@ -124,7 +124,19 @@ def _train(
         if evaluation.best_top1 is None:
             save_classifier(run / CLASSIFIER_FILE, shown, settled.data.classes)
 
-    trainer = Trainer(fabric, method, optimizer, course, batches, run, display, export, evaluation, average)
+    trainer = Trainer(
+        fabric,
+        method,
+        optimizer,
+        course,
+        batches,
+        run,
+        display,
+        export,
+        evaluation,
+        average,
+        compiled=options.compile == "yes",
+    )
     trainer.restore()
     if trainer.finished:
         display.say(f"the run in {run} is finished: {trainer.progress.step} steps")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lomar.commands.automatic import Choice, Hardware
+from lomar.commands.automatic import Choice, Hardware, compiling, loading_workers
 from lomar.data.supervised import NO_POLICY
 from lomar.model import SIZES
 
@@ -92,8 +92,9 @@ def choose_finetuning(
     steps = epochs * count / batch
     averages = start.scratch and steps >= EMA_STEPS
     settle("ema", 0.9999 if averages else 0.0, "MAE's from scratch" if averages else "")
-    workers = min(16, max(1, hw.cores - 1)) if gpu else min(2, hw.cores // 2)
-    settle("workers", workers, f"{hw.cores} cores" + ("" if gpu else ", which the model needs too"))
+    reason = f"{hw.cores} cores" + ("" if gpu else ", which the model needs too")
+    settle("workers", loading_workers(hw.cores, gpu), reason)
+    settle("compile", *compiling(gpu))
     return choices
 
 

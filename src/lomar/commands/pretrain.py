@@ -126,7 +126,18 @@ def _train(
     spared = ("cls_token",) if options.transformer == "beit" else ()  # as BEiT does, and MAE and LoMaR do not
     optimizer = adamw(method, options.weight_decay, options.betas, spared)
     evaluation = Evaluation(fabric, method, settled.source, labelled, settled.fmt, options, run)
-    trainer = Trainer(fabric, method, optimizer, course, batches, run, display, export, evaluation)
+    trainer = Trainer(
+        fabric,
+        method,
+        optimizer,
+        course,
+        batches,
+        run,
+        display,
+        export,
+        evaluation,
+        compiled=options.compile == "yes",
+    )
     trainer.restore()
     if trainer.finished:
         display.say(f"the run in {run} is finished: {trainer.progress.step} steps")

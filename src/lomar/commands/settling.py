@@ -77,6 +77,7 @@ class Settled:
         method = self.composition.build()
         if isinstance(method.target, VisualTokens) and self.tokenizer:
             method.target.attach(self.tokenizer)
+        method.set_grad_checkpointing(self.options.grad_checkpointing)
         return method
 
     @property
@@ -143,7 +144,7 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
     if found.format.dtype == "float32" and values["pixel_type"] != "float32":
         raise UserError(f"--pixel-type is {values['pixel_type']}; images of float32 can be read as float32 alone")
     fmt = PixelFormat(values["channels"], values["pixel_type"])
-    _check_fit(values, tokenizer)
+    check_fit(values, tokenizer)
     mean, std = _statistics(values, source, fmt)
     values.setdefault("mean", mean)
     values.setdefault("std", std)
@@ -168,6 +169,7 @@ def _check_meant(asked: Mapping[str, Any], typed: Collection[str]) -> None:
         ),
         "--mask blockwise": (asked["mask"] != "blockwise", ("mask_min_block",)),
         "windows (--window-size)": (not asked["window_size"], ("window_layout",)),
+        "--predict-share below 1": (asked["predict_share"] == 1, ("predict_choice",)),
     }
     for part, (lacking, names) in lacks.items():
         for name in names:
@@ -212,7 +214,7 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     _recipe(options.method)
     _check_target(options.target)
     tokenizer = load_tokenizer(run / TOKENIZER_FILE) if options.target == "tokens" else None
-    _check_fit(asdict(options), tokenizer)
+    check_fit(asdict(options), tokenizer)
     check_per_channel(asdict(options), "mean", "std")
     hardware = find_hardware(options.device, process_count())
     settled = Settled(options, open_source(options.data), hardware, tokenizer)
@@ -246,7 +248,7 @@ def _tokenizer(values: Mapping[str, Any]) -> DiscreteVAE | None:
     return load_tokenizer(values["tokenizer"])
 
 
-def _check_fit(values: Mapping[str, Any], tokenizer: DiscreteVAE | None) -> None:
+def check_fit(values: Mapping[str, Any], tokenizer: DiscreteVAE | None) -> None:
     """Refuse options that do not go together, naming both."""
     image, patch = values["image_size"], values["patch_size"]
     if image % patch:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lomar.methods.architectures import Architecture, EncoderDecoder, MaskedEncoder, Stage
-from lomar.methods.masks import BlockwiseMask, KeptMask, UniformMask
+from lomar.methods.masks import BlockwiseMask, KeptMask, Share, UniformMask
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.methods.targets import TARGETS
 from lomar.methods.views import LocalWindows, ReleasedWindows, WholeImage
@@ -40,6 +40,8 @@ class Composition:
         vocab: size of the tokenizer's codebook; 0 where the target is no tokens.
         mean, std: per channel, in units of 0 to 1.
         scale: pixel value that stands for 1.
+        predict_share: share of a view's hidden patches that are predicted.
+        predict_choice: which they are, a name in `lomar.methods.masks.CHOICES`.
     """
 
     method: str
@@ -70,12 +72,44 @@ class Composition:
     std: tuple[float, ...]
     scale: float
     mlp_ratio: float = 4.0
+    predict_share: float = 1.0
+    predict_choice: str = "furthest"
 
     @property
     def grid(self) -> Grid:
         """(rows, columns) of a crop, in patches."""
         side = self.image_size // self.patch_size
         return side, side
+
+    @property
+    def view_size(self) -> Grid:
+        """(rows, columns) of a view, in patches."""
+        return self._views().size
+
+    @property
+    def view_count(self) -> int:
+        """Views of an image."""
+        return self._views().count
+
+    @property
+    def hidden(self) -> int:
+        """Hidden patches of a view; the most of them where views differ."""
+        return self._mask(self.view_size).count
+
+    @property
+    def predicted(self) -> int:
+        """Of them those that are predicted; at least one."""
+        return max(1, round(self.hidden * self.predict_share))
+
+    @property
+    def latent_width(self) -> int:
+        """Width of what the head gets."""
+        return self.decoder_width if self.architecture == "encoder-decoder" else self.embed_dim
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the head for a patch."""
+        return TARGETS[self.target](self.vocab).width(self.patch_size**2 * len(self.mean))
 
     def build(self) -> MaskedReconstruction:
         """The method with fresh weights; visual tokens still need their tokenizer.
@@ -93,6 +127,7 @@ class Composition:
             self.mean,
             self.std,
             self.scale,
+            None if self.predicted == self.hidden else Share(views.size, self.predicted, self.predict_choice),
         )
 
     def encoder(self) -> Encoder:

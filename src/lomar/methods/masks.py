@@ -1,8 +1,12 @@
-"""WHERE to look, within a view: the patches that are hidden. True means hidden, everywhere."""
+"""WHERE to look, within a view: the patches that are hidden, and of them those that are predicted.
+
+True means hidden, everywhere.
+"""
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,3 +155,48 @@ class BlockwiseMask:
                 block.fill_(True)
                 return True
         return False
+
+
+CHOICES = ("uniform", "furthest")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some of the hidden patches: those that are predicted. The others are left out, as if they did not exist.
+
+    Args:
+        grid: (rows, columns) of a view.
+        count: predicted patches of each view.
+        choice: "uniform", any of them alike; or "furthest", one after another the one furthest from those chosen before
+            (the first, and equals, by chance), so that all of the view is asked about.
+
+    Source: CrossMAE predicts some, chosen uniformly; furthest ones PR-MIM (Li et al. 2024).
+    """
+
+    grid: tuple[int, int]
+    count: int
+    choice: str = "furthest"
+
+    def draw(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """bool (V, N), True where a hidden patch is predicted.
+
+        Args:
+            hidden: bool (V, N), at least `count` True in each row.
+            generator: the only source of randomness.
+        """
+        noise = torch.rand(hidden.shape, generator=generator)
+        if self.choice == "uniform":
+            return hide_smallest(noise.masked_fill(~hidden, 2.0), self.count)
+        return torch.from_numpy(self._furthest(hidden.numpy(), noise.numpy()))
+
+    def _furthest(self, hidden: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        rows, columns = np.divmod(np.arange(hidden.shape[1]), self.grid[1])
+        apart = np.square(rows[:, None] - rows) + np.square(columns[:, None] - columns)  # whole numbers: (N, N)
+        views = np.arange(len(hidden))
+        gap = np.where(hidden, apart.max() + 1, -1)  # from the nearest chosen patch; 0 of a chosen one
+        chosen = np.zeros_like(hidden)
+        for _ in range(self.count):
+            furthest = (gap + noise).argmax(axis=1)  # noise is below 1: it decides between equals alone
+            chosen[views, furthest] = True
+            gap = np.where(hidden, np.minimum(gap, apart[furthest]), -1)
+        return chosen

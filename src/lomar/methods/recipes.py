@@ -62,6 +62,8 @@ LOMAR: dict[str, Any] = {
     "mask": "uniform",
     "mask_ratio": 0.8,
     "mask_min_block": 16,
+    "predict_share": 1.0,
+    "predict_choice": "furthest",
     "architecture": "masked-encoder",
     "mask_layer": 0,
     "position": "contextual",
@@ -172,8 +174,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "lomar-late": Recipe(
         "section 5",
-        "lomar, mask tokens entering at block 10 (provisional)",
-        LOMAR | {"mask_layer": 10},
+        "lomar, mask tokens entering at block 10, half of the hidden patches predicted",
+        LOMAR | {"mask_layer": 10, "predict_share": 0.5},
         IMAGENET | _course(1600),
     ),
     "mae": Recipe(

@@ -86,7 +86,14 @@ class FinetuneOptions:
     # How fast, how watched: another value leads to the same classifier
     micro_batch: int = option("images per forward pass of a device", auto=AUTO, low=1, metavar="N", results=False)
     grad_checkpointing: bool = option(
-        "recompute blocks in the backward pass: less memory, more time", default=False, results=False
+        "work out each block again in the backward pass: less memory, a third more time", default=False, results=False
+    )
+    compile: str = option(
+        "whether the training step is compiled by torch.compile",
+        auto=AUTO,
+        choices=("auto", "yes", "no"),
+        metavar="WORD",
+        results=False,
     )
     workers: int = option("processes that read images, per device", auto=AUTO, low=0, metavar="W", results=False)
     device: str = option("where to compute", auto=AUTO, choices=DEVICES, metavar="NAME", results=False)

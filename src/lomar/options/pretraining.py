@@ -51,6 +51,19 @@ class PretrainOptions:
     mask_min_block: int = option(
         "smallest block of --mask blockwise, in patches", auto="beit: 16; beit-lomar: 4", low=1, metavar="N"
     )
+    predict_share: float = option(
+        "share of the hidden patches that are predicted; the rest is left out, which is faster",
+        auto="lomar, mae: 1; lomar-late: 0.5",
+        above=0,
+        high=1,
+        metavar="S",
+    )
+    predict_choice: str = option(
+        "which these are: any, or such as lie furthest from each other",
+        auto="lomar, mae: furthest",
+        choices=("uniform", "furthest"),
+        metavar="NAME",
+    )
     architecture: str = option(
         "one encoder for all, or an encoder for visible patches and a decoder",
         auto="lomar, beit: masked-encoder; mae: encoder-decoder",
@@ -133,6 +146,16 @@ class PretrainOptions:
     )
     # How fast, how watched: another value leads to the same encoder
     micro_batch: int = option("images per forward pass of a device", auto=AUTO, low=1, metavar="N", results=False)
+    grad_checkpointing: bool = option(
+        "work out each block again in the backward pass: less memory, a third more time", default=False, results=False
+    )
+    compile: str = option(
+        "whether the training step is compiled by torch.compile",
+        auto=AUTO,
+        choices=("auto", "yes", "no"),
+        metavar="WORD",
+        results=False,
+    )
     workers: int = option("processes that read images, per device", auto=AUTO, low=0, metavar="W", results=False)
     device: str = option("where to compute", auto=AUTO, choices=("auto", "cpu", "cuda"), metavar="NAME", results=False)
     checkpoint_steps: int | None = option(

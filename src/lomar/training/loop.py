@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from lomar.data.loader import MicroBatch
 from lomar.errors import TrainingError, UserError
 from lomar.training.checkpoint import load_checkpoint, save_checkpoint
+from lomar.training.memory import keep_freed_memory
 from lomar.training.optim import Schedule
 from lomar.training.records import Display, Metrics, Row, TensorBoard
+from lomar.training.step import Step, on_device
 
 # Rows wait this many steps at most: one look at the device for several steps, and little to lose.
 BUFFERED_STEPS = 10
@@ -148,6 +150,7 @@ class Trainer:
         export: writes what a user takes away (encoder, reconstructor) into the run; called at every checkpoint.
         evaluate: step -> named numbers; called at step 0, now and then, and at the end.
         average: a moving average of the method's weights, updated at each step.
+        compiled: whether the step is compiled.
     """
 
     def __init__(
@@ -162,10 +165,14 @@ class Trainer:
         export: Callable[[], None],
         evaluate: Callable[[int], Row],
         average: ModelEmaV3 | None = None,
+        compiled: bool = False,
     ) -> None:
+        if fabric.device.type == "cpu":
+            keep_freed_memory()
         self.fabric = fabric
         self.method = method
-        self.model, self.optimizer = fabric.setup(method, optimizer)
+        self.training_step = Step(fabric, method, optimizer, course.batch_size, course.clip_grad, compiled)
+        self.optimizer = self.training_step.optimizer
         self.course = course
         self.batches = batches
         self.checkpoint = run / CHECKPOINT
@@ -208,7 +215,7 @@ class Trainer:
             if not same_images and not state.get("finished"):
                 raise UserError(
                     f"the images are not those that the run in {self.checkpoint.parent.parent} began with: "
-                    "files were added, removed or renamed; bring them back, or start a new run"
+                    "files were added, removed, renamed or prepared otherwise; bring them back, or start a new run"
                 )
             try:
                 self.method.load_state_dict(state["model"])
@@ -256,21 +263,22 @@ class Trainer:
             self._evaluate_first()
         self.display.start(self.course.total_steps, self.progress.step)
         # Closed here, not by the garbage collector: a loader's workers that outlive it keep the process from ending.
-        with closing(self.batches(self.progress.step)) as batches:
+        with closing(on_device(self.batches(self.progress.step), self.fabric.device)) as batches:
             return self._learn(batches, stop)
 
     def _learn(self, batches: Iterator[MicroBatch], stop: StopRequest) -> bool:
         course, progress = self.course, self.progress
         began = saved = self._last_flush = time.monotonic()
         elapsed_before = progress.elapsed_s
-        self.model.train()
+        self.method.train()
         while progress.step < course.total_steps:
             row, loss, grad_norm, names = self._step(batches)
             progress.elapsed_s = elapsed_before + time.monotonic() - began
             row["elapsed_s"] = round(progress.elapsed_s, 3)
             self._buffer.append((row, loss, grad_norm, names))
             self.finished = finished = progress.step == course.total_steps
-            stopping = self._anyone(stop.signal_number > 0)
+            looking = self._looks_up()
+            stopping = looking and self._anyone(stop.signal_number > 0)
             if finished or self._evaluation_due():
                 if not loss.isfinite() or not grad_norm.isfinite():
                     self.flush()  # raises; such weights are not to be evaluated
@@ -278,7 +286,7 @@ class Trainer:
             if len(self._buffer) >= BUFFERED_STEPS or self.fabric.device.type == "cpu" or finished or stopping:
                 self.flush()
             by_step = course.checkpoint_steps and progress.step % course.checkpoint_steps == 0
-            by_time = self._anyone(time.monotonic() - saved > 60 * course.checkpoint_minutes)
+            by_time = looking and self._anyone(time.monotonic() - saved > 60 * course.checkpoint_minutes)
             if by_step or by_time or finished or stopping:
                 self.save()
                 saved = time.monotonic()
@@ -289,11 +297,6 @@ class Trainer:
     def _step(self, batches: Iterator[MicroBatch]) -> tuple[Row, Tensor, Tensor, list[str]]:
         """One optimiser step; its numbers stay on the device until `flush`."""
         course, progress = self.course, self.progress
-        lr = course.schedule.lr(progress.step) * progress.lr_factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
-        counted = torch.zeros_like(loss_sum)
         names: list[str] = []
         waited_s = 0.0
         last = False
@@ -304,17 +307,9 @@ class Trainer:
             last = micro.last
             names += micro.names
             self._note_bad(micro.bad)
-            micro = micro.to(self.fabric.device)
-            with self.fabric.no_backward_sync(self.model, enabled=not last):
-                losses, count = self.model(**micro.inputs)
-                # DDP averages over processes; with the world size the gradients add up to that of the sum.
-                self.fabric.backward(losses * (self.fabric.world_size / course.batch_size))
-            loss_sum += losses.detach()
-            counted += count
-        loss_sum, count_sum = self._sum(torch.stack([loss_sum, counted]))
-        grad_norm = self._scale_gradients(course.batch_size / count_sum)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.training_step.learn(micro.inputs, last)
+        lr = course.schedule.lr(progress.step) * progress.lr_factor
+        loss, grad_norm = self.training_step.update(lr)
         progress.step += 1
         if self.average:
             self.average.update(self.method)
@@ -324,16 +319,7 @@ class Trainer:
             "lr": lr,
             "data_wait": waited_s,  # becomes a share of the time in `flush`
         }
-        return row, loss_sum / count_sum, grad_norm, names
-
-    def _scale_gradients(self, scale: Tensor) -> Tensor:
-        """Turn gradients of (sum / batch) into those of the mean; clip them; return their norm."""
-        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) * scale
-        clip = self.course.clip_grad
-        factor = scale * (clip / norm).clamp(max=1.0) if clip else scale
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
-        return norm
+        return row, loss, grad_norm, names
 
     def flush(self) -> None:
         """Write and show the rows that wait.
@@ -381,7 +367,7 @@ class Trainer:
         began = time.monotonic()
         numbers = self.evaluate(self.progress.step) if self.fabric.is_global_zero else {}
         self.fabric.barrier()
-        self.model.train()
+        self.method.train()
         self._evaluation_s = time.monotonic() - began
         self._last_flush += self._evaluation_s
         self.progress.evaluations_s += self._evaluation_s
@@ -404,15 +390,17 @@ class Trainer:
                 f"--max-bad-share allows {self.course.max_bad_share:.0%}"
             )
 
+    def _looks_up(self) -> bool:
+        """Whether to ask the others now; on GPUs that waits for them, so not at every step."""
+        alone = self.fabric.world_size == 1 or self.fabric.device.type == "cpu"
+        return alone or self.progress.step % BUFFERED_STEPS == 0
+
     def _anyone(self, wish: bool) -> bool:
         """Whether any process wishes it, so that all act alike."""
         if self.fabric.world_size == 1:
             return wish
-        return bool(self._sum(torch.tensor(float(wish), device=self.fabric.device)) > 0)
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        """Sum over processes."""
-        return cast(Tensor, self.fabric.all_reduce(tensor, reduce_op="sum"))
+        wishes = self.fabric.all_reduce(torch.tensor(float(wish), device=self.fabric.device), reduce_op="sum")
+        return bool(cast(Tensor, wishes) > 0)
 
     def _eta_s(self, row: Row) -> float:
         return row["elapsed_s"] / row["step"] * (self.course.total_steps - row["step"])

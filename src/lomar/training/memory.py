@@ -1,5 +1,7 @@
-"""How much memory a training step keeps."""
+"""How much memory a training step keeps, and that a CPU need not fetch it anew for each step."""
 
+import ctypes
+import sys
 from collections.abc import Callable
 
 import torch
@@ -22,3 +24,22 @@ def saved_bytes(forward: Callable[[], object]) -> int:
         result = forward()
     del result
     return sum(kept.values())
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep large blocks that it frees, for the next step; whether that could be had.
+
+    glibc gives blocks of 32 MB and more back to the kernel, which hands them out again page by page, each filled with
+    zeros: a large part of a training step's time on a CPU (docs/performance.md). The process stays as large as its
+    largest step was.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, 2**30) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

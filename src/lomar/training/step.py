@@ -1,0 +1,121 @@
+"""One update of the weights, which nothing but a look at its numbers waits for."""
+
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from typing import cast
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from lomar.data.loader import MicroBatch
+
+
+class Step:
+    """Forward and backward passes of a step's micro-batches, then the update.
+
+    Losses and norms stay on the device: nothing here waits for it.
+
+    Args:
+        fabric: devices, precision and processes.
+        method: a batch's inputs by name -> sum of losses and how many they are (hidden patches, images).
+        optimizer: over the method's parameters; a group's `lr_scale` is a factor of its rate.
+        batch_size: images of a step, over all processes.
+        clip_grad: largest gradient norm; 0 for none.
+        compiled: whether the method's forward and backward passes are compiled, as one graph a shape of micro-batch.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        method: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int,
+        clip_grad: float,
+        compiled: bool = False,
+    ) -> None:
+        self.fabric = fabric
+        self.method = method
+        # Shapes are fixed but for a step's last micro-batch, which is worth a graph of its own.
+        prepared = torch.compile(method, fullgraph=True, dynamic=False) if compiled else method
+        self.model, self.optimizer = fabric.setup(prepared, optimizer)  # type: ignore[arg-type]  # it is a module
+        self.batch_size = batch_size
+        self.clip_grad = clip_grad
+        self._loss_sum, self._counted = self._zero(), self._zero()
+
+    def learn(self, inputs: Mapping[str, Tensor], last: bool = True) -> None:
+        """Add the gradients of a micro-batch.
+
+        Args:
+            inputs: what the method takes, by name, on the device.
+            last: whether it ends this process's share of the step.
+        """
+        with self.fabric.no_backward_sync(self.model, enabled=not last):
+            losses, count = self.model(**inputs)
+            # DDP averages over processes; with the world size the gradients add up to that of the sum.
+            self.fabric.backward(losses * (self.fabric.world_size / self.batch_size))
+        self._loss_sum += losses.detach()
+        self._counted += count
+
+    def update(self, lr: float) -> tuple[Tensor, Tensor]:
+        """Update the weights by what was learnt since the last time.
+
+        Args:
+            lr: learning rate.
+
+        Returns:
+            The mean loss and the norm of its gradient before clipping.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        summed = self.fabric.all_reduce(torch.stack([self._loss_sum, self._counted]), reduce_op="sum")
+        loss_sum, counted = cast(Tensor, summed)
+        grad_norm = self._scale_gradients(self.batch_size / counted)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss_sum, self._counted = self._zero(), self._zero()
+        return loss_sum / counted, grad_norm
+
+    def _scale_gradients(self, scale: Tensor) -> Tensor:
+        """Turn gradients of (sum / batch) into those of the mean; clip them; return their norm."""
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) * scale
+        factor = scale * (self.clip_grad / norm).clamp(max=1.0) if self.clip_grad else scale
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        return norm
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.fabric.device)
+
+
+def on_device(batches: Generator[MicroBatch, None, None], device: torch.device) -> Generator[MicroBatch, None, None]:
+    """The same micro-batches on a device; a GPU gets the next one while it works on this one.
+
+    Args:
+        batches: in page-locked memory, if the copy is to overlap with work. Closed with this.
+        device: where to.
+    """
+    with closing(batches):
+        if device.type != "cuda":
+            for batch in batches:
+                yield batch.to(device)
+            return
+        copying = torch.cuda.Stream(device)
+        waiting: MicroBatch | None = None
+        for batch in batches:
+            with torch.cuda.stream(copying):
+                copied = batch.to(device)
+            if waiting:
+                yield _arrived(waiting, copying)
+            waiting = copied
+        if waiting:
+            yield _arrived(waiting, copying)
+
+
+def _arrived(batch: MicroBatch, copying: torch.cuda.Stream) -> MicroBatch:
+    """The batch, for the stream that computes; its memory is not given away before that has used it."""
+    computing = torch.cuda.current_stream(copying.device)
+    computing.wait_stream(copying)
+    for tensor in batch.inputs.values():
+        tensor.record_stream(computing)
+    return batch
