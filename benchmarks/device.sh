@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # Every check that waits for a GPU, in calls under ten minutes on a machine without network; results go to $OUT.
 #
-#   bash benchmarks/device.sh steps      # time and memory of a step against resolution
+#   bash benchmarks/device.sh speed-224  # LoMaR, LoMaR-late and MAE, ours and of timm's blocks, compiled, 224 px
+#   bash benchmarks/device.sh speed-448  # the same at 448 px
+#   bash benchmarks/device.sh figure-4   # methods against resolution: the paper's Fig. 4
+#   bash benchmarks/device.sh figure-5   # LoMaR against window size: the paper's Fig. 5 (right)
+#   bash benchmarks/device.sh flat       # a step against resolution at four windows
+#   bash benchmarks/device.sh bias       # windows with contextual position and without; attention alone
 #   bash benchmarks/device.sh run        # a whole run: automatic choices, bf16, resume, k-NN
 #   bash benchmarks/device.sh methods    # every method trains there
 #   bash benchmarks/device.sh classifier # fine-tuning and features against timm's plain ViT
@@ -19,12 +24,34 @@ export PYTHONPATH=src:.device/site
 python3 -m pip install -q --no-index --no-deps --target .device/site .device/wheels/*.whl
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/hardware.txt"
 python3 -c "import torch; print('torch', torch.__version__)" | tee -a "$out/hardware.txt"
-[ "$1" = steps ] || [ -d .device/imagenette ] || python3 -m zipfile -e .device/imagenette.zip .device/imagenette
+case $1 in run | methods | downstream) [ -d .device/imagenette ] ||
+    python3 -m zipfile -e .device/imagenette.zip .device/imagenette ;;
+esac
+
+# After the time it is interrupted, and leaves what it has measured.
+benchmark() { timeout -s INT "$1" python3 -m lomar benchmark "${@:2}" --device cuda --precision bf16 --out "$out" || true; }
 
 case $1 in
-steps) # A step costs the windows, not the image: at 224, 448 and 896 px.
-    python3 benchmarks/resolution.py --device cuda --images 256 --steps 20 | tee "$out/resolution.md"
-    python3 benchmarks/resolution.py --device cuda --images 256 --steps 20 --mask-layer 8 | tee "$out/resolution-late.md"
+speed-224) # The bars at 224 px, and images a second of LoMaR-late.
+    benchmark 560 --methods lomar lomar-late mae timm-mae --image-sizes 224 --batch-sizes 512 --compile yes --rounds 2
+    ;;
+speed-448) # The bars at 448 px, with peak memory.
+    benchmark 560 --methods lomar lomar-late mae timm-mae --image-sizes 448 --batch-sizes 128 --compile yes --rounds 2
+    ;;
+figure-4) # Not compiled, which would take a minute for each of 16 rows.
+    benchmark 570 --batch-sizes 16 --compile no --steps 10 --rounds 2
+    ;;
+figure-5)
+    benchmark 560 windows --batch-sizes 256 --compile no --rounds 2
+    ;;
+flat) # A step costs the windows, not the image.
+    benchmark 400 --methods lomar lomar-late --views 4 --image-sizes 224 448 896 --batch-sizes 256 --compile no \
+        --rounds 2
+    ;;
+bias) # What contextual position costs: a step on windows; attention alone by every backend.
+    benchmark 280 --methods lomar lomar:position=none --baseline lomar:position=none --image-sizes 224 --batch-sizes 256 \
+        --compile yes
+    benchmark 280 attention --batch-sizes 64 --rounds 2
     ;;
 run) # A run on a GPU goes through: automatic choices, bf16, pinned transfers, resume, k-NN rising.
     common="--data .device/imagenette/train --eval-data .device/imagenette --model small --image-size 112 --patch-size 8"
@@ -49,8 +76,7 @@ methods) # Every method trains: losses and images a second of twenty steps; a to
     rm -rf .device/runs "$out/tokenizer.safetensors"
     ;;
 classifier) # A training step and features of ViT-B/16 at 224 and 448 px: what contextual position costs.
-    python3 benchmarks/classification.py --device cuda --images 128 --rounds 10 | tee "$out/classifier-224.md"
-    python3 benchmarks/classification.py --device cuda --images 32 --rounds 10 --image-size 448 | tee "$out/classifier-448.md"
+    benchmark 560 classifier --image-sizes 224 448 --batch-sizes 64 --compile yes --rounds 2
     ;;
 downstream) # What an encoder is for goes through on a GPU: automatic choices, bf16, resume.
     data=.device/imagenette

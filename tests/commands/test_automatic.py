@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lomar.commands.automatic import Hardware, choose, find_hardware, micro_batch
-from lomar.commands.settling import _check_fit
+from lomar.commands.settling import check_fit
 from lomar.data.decode import PixelFormat
 from lomar.errors import UserError
 from lomar.methods.recipes import RECIPES
@@ -69,9 +69,9 @@ def test_the_choices_fit_together_and_leave_alone_what_was_given(
     values = {name: choice.value for name, choice in choices.items()} | asked
     if fmt.channels == values["patch_size"] == 1:  # a given crop such as 17 divides into nothing else
         with pytest.raises(UserError, match="one number a patch"):
-            _check_fit(values, None)
+            check_fit(values, None)
     else:
-        _check_fit(values, None)
+        check_fit(values, None)
     assert values["image_size"] % values["patch_size"] == 0
     for name, choice in choices.items():
         assert choice.value is None or convert(PretrainOptions, name, choice.value) == choice.value

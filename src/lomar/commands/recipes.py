@@ -4,14 +4,14 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 import yaml
 
 from lomar.errors import UserError
+from lomar.methods.cost import forward_flops, passages, trained_parameters
 from lomar.methods.recipes import RECIPES, Recipe
 from lomar.options import PretrainOptions, RecipesOptions, fields_of, suggestion
 
-HEADER = ("recipe", "epochs", "hours", "top-1", "params", "tokens", "what it is")
+HEADER = ("recipe", "epochs", "hours", "top-1", "params", "tokens", "GFLOP", "what it is")
 
 
 def command(given: Mapping[str, Any]) -> int:
@@ -46,7 +46,8 @@ def table() -> str:
         "",
         "The paper's runs on ImageNet-1K, ViT-B/16: epochs of pretraining, hours on four A100, top-1 accuracy after",
         "fine-tuning at 224 px (in Fig. 4 at the size of pretraining), where the paper prints them; millions of",
-        "parameters that are trained; tokens of an image, before/after the mask tokens enter. Fig. 5 hides 75%.",
+        "parameters that are trained; tokens of an image, before/after the mask tokens enter; 10^9 FLOPs of a forward",
+        "pass for one image (a training step costs three; beit's tokenizer is extra). Fig. 5 hides 75%.",
         "",
         "lomar pretrain --method NAME --data DIR --out RUN     the method, with sizes and length that fit your data",
         "lomar recipes NAME > paper.yaml                       the paper's run in full, for --config paper.yaml",
@@ -68,7 +69,7 @@ def configuration(name: str) -> str:
         value = values.get(option, field.default)
         if field.metadata["results"] and option not in skipped and option in (values.keys() | {"seed"}):
             shown[option] = list(value) if isinstance(value, tuple) else value
-    _, epochs, hours, result, parameters, tokens, about = _row(name, recipe)
+    _, epochs, hours, result, parameters, tokens, gflop, about = _row(name, recipe)
     comments = [
         f"{name}: {about}",
         "; ".join(
@@ -76,7 +77,7 @@ def configuration(name: str) -> str:
             + [f"top-1 {result}"] * bool(recipe.result)
             + [f"{hours} hours on four A100"] * bool(recipe.hours)
         ),
-        f"{parameters} million parameters, {tokens} tokens an image"
+        f"{parameters} million parameters, {tokens} tokens and {gflop} GFLOP an image"
         + f", {epochs} epochs of ImageNet-1K" * (epochs != "-"),
     ]
     if values["target"] == "tokens":
@@ -85,11 +86,10 @@ def configuration(name: str) -> str:
 
 
 def _row(name: str, recipe: Recipe) -> tuple[str, ...]:
-    with torch.device("meta"):
-        composition = recipe.composition(name)
-        method = composition.build()
-    parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    tokens = "/".join(str(stage.tokens * method.views.count) for stage in method.stages())
+    composition = recipe.composition(name)
+    in_stages = dict.fromkeys(passage.tokens * composition.view_count for passage in passages(composition))
+    tokens = "/".join(map(str, in_stages))
     epochs = recipe.full.get("epochs", recipe.options.get("epochs", "-"))
     hours = f"{recipe.hours}" if recipe.hours else "-"
-    return name, str(epochs), hours, recipe.result or "-", f"{parameters / 1e6:.1f}", tokens, recipe.about
+    costs = f"{trained_parameters(composition) / 1e6:.1f}", tokens, f"{forward_flops(composition).total / 1e9:.1f}"
+    return name, str(epochs), hours, recipe.result or "-", *costs, recipe.about
