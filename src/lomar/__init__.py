@@ -2,6 +2,7 @@
 
     import lomar
     encoder = lomar.load("run")            # timm-compatible
+    lomar.prepare(data="photos", out="small")
     lomar.pretrain(data="photos", out="run")
     lomar.finetune(model="run", data="labelled", out="classifier")
     lomar.evaluate(model="classifier", data="labelled")
@@ -15,13 +16,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["embed", "evaluate", "finetune", "load", "predict", "pretrain"]
+__all__ = ["embed", "evaluate", "finetune", "load", "predict", "prepare", "pretrain"]
 
 if TYPE_CHECKING:
     from lomar.commands.embed import embed
     from lomar.commands.evaluate import evaluate
     from lomar.commands.finetune import finetune
     from lomar.commands.predict import predict
+    from lomar.commands.prepare import prepare
     from lomar.commands.pretrain import pretrain
     from lomar.interop.weights import load
 

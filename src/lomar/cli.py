@@ -14,6 +14,7 @@ from lomar import __version__
 from lomar.errors import TrainingError, UserError
 from lomar.options import (
     AttentionOptions,
+    BenchmarkOptions,
     ConvertOptions,
     EmbedOptions,
     EvaluateOptions,
@@ -22,6 +23,7 @@ from lomar.options import (
     KnnOptions,
     MapOptions,
     PredictOptions,
+    PrepareOptions,
     PretrainOptions,
     ProbeOptions,
     RecipesOptions,
@@ -36,6 +38,7 @@ from lomar.options import (
 
 # name -> its options, and the module whose `command(given) -> exit status` runs it
 COMMANDS: dict[str, tuple[type, str]] = {
+    "prepare": (PrepareOptions, "lomar.commands.prepare"),
     "pretrain": (PretrainOptions, "lomar.commands.pretrain"),
     "recipes": (RecipesOptions, "lomar.commands.recipes"),
     "finetune": (FinetuneOptions, "lomar.commands.finetune"),
@@ -49,6 +52,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "reconstruct": (ReconstructOptions, "lomar.commands.reconstruct"),
     "attention": (AttentionOptions, "lomar.commands.attention"),
     "convert": (ConvertOptions, "lomar.commands.convert"),
+    "benchmark": (BenchmarkOptions, "lomar.commands.benchmark"),
     "tokenizer train": (TokenizerOptions, "lomar.commands.tokenizer"),
 }
 

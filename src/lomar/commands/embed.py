@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lomar import __version__
-from lomar.commands.frozen import FrozenEncoder, check_readable, open_frozen, watched, weights_digest, why
+from lomar.commands.frozen import FrozenEncoder, check_readable, open_frozen, weights_digest, why
+from lomar.commands.progress import watched
 from lomar.commands.runs import raise_unless_done
 from lomar.data.sources import ImageSource, open_source
 from lomar.downstream.embedding import begun

@@ -1,16 +1,10 @@
 """A frozen encoder on its hardware: the features of labelled images, and which of them cannot be used."""
 
 import hashlib
-import sys
-import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from lomar.commands.automatic import Hardware, find_hardware
@@ -37,7 +31,6 @@ INTERPOLATION = "bicubic"  # of every crop, whatever a model of timm names as it
 FEW_FROM = 2 * FEW  # classes from which top-5 says something
 _LOOKED_AT = 64  # images that are read before the work; if none of them can be, there is no sense in going on
 _NAMED_FILES = 3  # of those that cannot be used
-_PLAIN_LINE_S = 30.0  # between two lines of progress where there is no terminal
 
 Batches = Generator[tuple[list[Tensor], Tensor], None, None]
 
@@ -168,34 +161,6 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def watched(batches: Batches, what: str, total: int, first: int = 0) -> Batches:
-    """The same batches, their progress shown on standard error: as a bar in a terminal, else now and then as a line.
-
-    Args:
-        batches: of features, and which can be used.
-        what: is going on.
-        total: images of all.
-        first: images done before, in an earlier sitting.
-    """
-    console = Console(stderr=True)
-    rate = TextColumn("{task.fields[rate]:.0f} images/s")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    began = told = time.monotonic()
-    done = first
-    with closing(batches), Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total, completed=first, rate=0.0)
-        for found, good in batches:
-            yield found, good
-            done += len(good)
-            now = time.monotonic()
-            images_per_s = (done - first) / max(1e-9, now - began)
-            bar.update(task, completed=done, rate=images_per_s)
-            if bar.disable and now - told > _PLAIN_LINE_S and done < total:
-                left = timedelta(seconds=round((total - done) / images_per_s))
-                sys.stderr.write(f"lomar: {what}: {done}/{total} images, {images_per_s:.0f} images/s, eta {left}\n")
-                told = now
 
 
 def check_readable(source: ImageSource, encoder: FrozenEncoder, where: str, name: str) -> None:

@@ -22,8 +22,8 @@ from lomar.commands.frozen import (
     check_readable,
     left_out,
     open_frozen,
-    watched,
 )
+from lomar.commands.progress import watched
 from lomar.data.labels import SPLIT_SEED, LabelledData, labelled_data
 from lomar.downstream.features import Wanted, layer_count
 from lomar.downstream.knn import neighbour_accuracy

@@ -15,6 +15,7 @@ from sklearn.manifold import TSNE
 
 from lomar.data.augment import centre_crop
 from lomar.data.decode import PixelFormat, read_image
+from lomar.data.sources import images_at, is_there
 from lomar.data.survey import spread
 from lomar.downstream.embedding import Embedding, nearest, read_embedding, unit_length
 from lomar.errors import BadImageError, UserError
@@ -89,7 +90,7 @@ def _root(embedding: Embedding, data: str | None) -> str:
     """
     if data is None:
         return embedding.root
-    if not Path(data).is_dir():
+    if not is_there(data) or Path(data).is_file():
         raise UserError(f"--data {data}: no such folder")
     return str(Path(data).absolute())
 
@@ -98,17 +99,18 @@ class _Photos:
     """The images of an embedding, read as thumbnails; `missing` are the files that could not be."""
 
     def __init__(self, embedding: Embedding, root: str) -> None:
-        self._paths = embedding.paths
+        self._source = images_at(root, [os.fsencode(path) for path in embedding.paths], "--data")
         self.root = root
         self.missing: set[str] = set()
 
     def thumbnails(self, indices: Sequence[int], side: int) -> list[Rgb | None]:
         """The middle square of each image, (side, side, 3); None of those that cannot be read."""
-        return [self._thumbnail(os.path.join(self.root, self._paths[index]), side) for index in indices]  # noqa: PTH118
+        return [self._thumbnail(index, side) for index in indices]
 
-    def _thumbnail(self, path: str, side: int) -> Rgb | None:
+    def _thumbnail(self, index: int, side: int) -> Rgb | None:
+        path = os.fsdecode(self._source.path(index))
         try:
-            image = read_image(Path(path).read_bytes(), path)
+            image = read_image(self._source.read(index), path)
             box = centre_crop(image.height, image.width, share=1.0)
             pixels = image.crop(box, (side, side), PixelFormat(image.channels, image.dtype))
         except (BadImageError, OSError):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import SampleKey, centre_crops
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.sources import ImageSource, is_there, joined, open_source
 from lomar.errors import UserError
 from lomar.figures.reconstruction import Panel
 from lomar.methods.reconstruction import MaskedReconstruction
@@ -25,17 +25,17 @@ def images_named(paths: Sequence[str]) -> ImageSource:
     Raises:
         UserError: there is no such file or folder, or no image in it.
     """
-    found: list[bytes] = []
+    found: list[ImageSource] = []
     for path in paths:
-        if path == "sample" or Path(path).is_dir():
-            source = open_source(path, flag="--images")
-            names = [source.path(i) for i in range(min(len(source), IMAGES_OF_A_FOLDER))]
-        elif Path(path).is_file():
-            names = [os.fsencode(path)]
+        absolute = os.path.abspath(path)  # noqa: PTH100 (links stay as they are)
+        if Path(path).is_file():
+            found.append(ImageSource("", [os.fsencode(absolute)]))
+        elif path == "sample" or is_there(path):
+            source = open_source("sample" if path == "sample" else absolute, flag="--images")
+            found.append(source.subset(range(min(len(source), IMAGES_OF_A_FOLDER))))
         else:
             raise UserError(f"--images: there is no file or folder {path}")
-        found += [os.path.abspath(name) for name in names]  # noqa: PTH100 (bytes)
-    return ImageSource("/", found)
+    return joined(found)
 
 
 def pixel_format(channels: int, scale: float) -> PixelFormat:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lomar.commands.judging import Session
 from lomar.commands.runs import raise_unless_done
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.sources import ImageSource, joined, open_source
 from lomar.errors import UserError
 from lomar.files import write_atomically
 from lomar.options import PredictOptions, converted
@@ -70,11 +70,7 @@ def command(given: Mapping[str, Any]) -> int:
 
 def _images(paths: Sequence[str]) -> ImageSource:
     """All images that --images names, folders and lists included."""
-    found: list[bytes] = []
-    for path in paths:
-        source = open_source(path, flag="--images")
-        found += [source.path(index) for index in range(len(source))]
-    return ImageSource("", found)
+    return joined([open_source(path, flag="--images") for path in paths])
 
 
 def _header(top: int) -> list[str]:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lomar.commands.frozen import FrozenEncoder, Part, left_out, watched
+from lomar.commands.frozen import FrozenEncoder, Part, left_out
+from lomar.commands.progress import watched
 from lomar.downstream.embedding import begun, read_embedding
 from lomar.downstream.embedding_writer import EmbeddingWriter, Plan, check_finished
 from lomar.downstream.features import Wanted

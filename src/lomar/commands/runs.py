@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 
 from lomar import __version__
 from lomar.commands.automatic import Choice, Hardware, micro_batch
+from lomar.data.sources import is_there
 from lomar.data.survey import Survey
 from lomar.errors import UserError
 from lomar.files import write_atomically
@@ -59,7 +60,7 @@ def asked_for(given: Mapping[str, Any], options: type, paths: tuple[str, ...]) -
         if value is not None and not (name in automatic and value == "auto")
     }
     for name in paths:
-        if name in asked and asked[name] != "sample" and Path(asked[name]).exists():
+        if name in asked and asked[name] != "sample" and is_there(asked[name]):
             asked[name] = os.path.abspath(asked[name])  # noqa: PTH100 (links stay as they are)
     return asked
 

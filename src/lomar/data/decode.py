@@ -38,6 +38,8 @@ Size = tuple[int, int]
 
 MAX_PIXELS = 2 * 89_478_485  # where Pillow calls a file a decompression bomb (Image.MAX_IMAGE_PIXELS, twice)
 _SCALES = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
+_JPEG = b"\xff\xd8\xff"
+_NPY_HEADER = 12 + 10_000  # bytes at most: NumPy refuses longer ones
 _EXIF_ORIENTATION = 0x0112
 _EXIF_REACH = 65_536  # EXIF is the first or second segment of a JPEG, and a segment is at most this long
 
@@ -70,7 +72,8 @@ class Image:
         channels: as stored, transparency aside.
         dtype: as stored: "uint8", "uint16" or "float32".
         decode: (box, size, channels) -> array (h, w, c) of the box, upright, of any size from `size` up to the
-            box's own; c is `channels` where the decoder can convert at no cost, otherwise the image's own.
+            box's own, or of the box's own where that is smaller; c is `channels` where the decoder can convert at no
+            cost, otherwise the image's own.
     """
 
     height: int
@@ -79,7 +82,7 @@ class Image:
     dtype: str
     decode: Callable[[Box, Size, int], np.ndarray]
 
-    def crop(self, box: Box, size: Size, fmt: PixelFormat, lanczos: bool = False) -> np.ndarray:
+    def crop(self, box: Box, size: Size, fmt: PixelFormat, lanczos: bool = False, finer: int = 1) -> np.ndarray:
         """The pixels of a box, resized (bicubic, antialiased).
 
         Args:
@@ -87,6 +90,9 @@ class Image:
             size: (rows, columns) of the result in pixels.
             fmt: channels and type of the result.
             lanczos: resize with Lanczos' filter instead.
+            finer: what a JPEG's decoder shrinks by itself stays at least so many times the size. Against a picture made
+                of every pixel, photographs at a quarter to an eighth of their size had 39 to 44 dB on average at 2,
+                and 30 to 36 dB at 1.
 
         Returns:
             (fmt.channels, rows, columns) of fmt.dtype.
@@ -96,7 +102,7 @@ class Image:
         """
         if self.channels != fmt.channels and {self.channels, fmt.channels} != {1, 3}:
             raise BadImageError(f"{self.channels} channels where {fmt.channels} are wanted")
-        pixels = self.decode(box, size, fmt.channels)  # (h, w, c)
+        pixels = self.decode(box, (finer * size[0], finer * size[1]), fmt.channels)  # (h, w, c)
         if pixels.shape[2] == 3 and fmt.channels == 1:
             pixels = _luma(pixels)
         resize = _resized_by_lanczos if lanczos else _resized
@@ -106,11 +112,11 @@ class Image:
         return resized
 
 
-def read_image(data: bytes, name: str) -> Image:
+def read_image(data: bytes | memoryview, name: str) -> Image:
     """The image in a file's content; only the header is read where the format allows.
 
     Args:
-        data: the whole file.
+        data: the whole file. Of `.npy` in mapped memory only the pages that a crop needs are read.
         name: the file's name; its ending is shown where the content is no image.
 
     Raises:
@@ -119,10 +125,10 @@ def read_image(data: bytes, name: str) -> Image:
     if not data:
         raise BadImageError("empty file")
     with _damage_reported():
-        if data.startswith(b"\xff\xd8\xff"):
-            image = _read_jpeg(data)
-        elif data.startswith(b"\x93NUMPY"):
+        if data[:6] == b"\x93NUMPY":
             image = _read_npy(data)
+        elif (data := bytes(data)).startswith(_JPEG):
+            image = _read_jpeg(data)
         elif data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             image = _read_tiff(data)
         else:
@@ -199,6 +205,16 @@ _TURNS = {
     7: _Turn(True, True, True),
     8: _Turn(False, True, True),
 }
+
+
+def is_jpeg(data: bytes | memoryview) -> bool:
+    """Whether a file's content is a JPEG, whole or not."""
+    return data[:3] == _JPEG
+
+
+def is_upright_jpeg(data: bytes) -> bool:
+    """Whether a file's content is a JPEG that no EXIF orientation turns."""
+    return is_jpeg(data) and _jpeg_turn(data) == _TURNS[1]
 
 
 def _jpeg_turn(data: bytes) -> _Turn:
@@ -298,8 +314,8 @@ def _pillow_pixels(picture: PIL.Image.Image, channels: int, dtype: str) -> np.nd
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _read_npy(data: bytes) -> Image:
-    file = io.BytesIO(data)
+def _read_npy(data: bytes | memoryview) -> Image:
+    file = io.BytesIO(data[:_NPY_HEADER])
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read_header(file)

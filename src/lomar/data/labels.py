@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.sources import ImageSource, folders_in, images_at, is_there, open_source
 from lomar.errors import UserError
 from lomar.seeding import seeded
 
@@ -164,26 +164,21 @@ def _parts(path: str, flag: str) -> tuple[_Named, _Named | None]:
     """What trains, and what judges if something says so."""
     if _is_table(path):
         return _table_parts(Path(path), flag)
-    train, judge = (_folder_called(Path(path), names) for names in (_TRAIN_NAMES, _VAL_NAMES))
+    # By lower-case name; the first that is there counts.
+    there = {name.lower(): str(Path(path, name)) for name in folders_in(path, flag)}
+    train, judge = (
+        next((there[name] for name in names if name in there), None) for names in (_TRAIN_NAMES, _VAL_NAMES)
+    )
     if train is None:
         return _whole(path, flag), None
     return _whole(train, flag), _whole(judge, flag) if judge else None
-
-
-def _folder_called(root: Path, names: tuple[str, ...]) -> str | None:
-    """The folder below of the first of these names that is there, written in any case."""
-    try:
-        there = {entry.name.lower(): entry.path for entry in os.scandir(root) if entry.is_dir()}
-    except OSError:
-        return None  # whoever reads the images says so
-    return next((there[name] for name in names if name in there), None)
 
 
 def _whole(path: str, flag: str) -> _Named:
     """All images below a folder or in a table."""
     if _is_table(path):
         rows = list(_rows(Path(path), flag))
-        return _of_rows(Path(path), rows)
+        return _of_rows(Path(path), flag, rows)
     return _in_folders(open_source(path, flag))
 
 
@@ -209,12 +204,12 @@ def _table_parts(path: Path, flag: str) -> tuple[_Named, _Named | None]:
     rows = list(_rows(path, flag))
     judging = [row for row in rows if row.split in _VAL_NAMES]
     if not judging:
-        return _of_rows(path, rows), None
-    return _of_rows(path, [row for row in rows if row.split not in _VAL_NAMES]), _of_rows(path, judging)
+        return _of_rows(path, flag, rows), None
+    return _of_rows(path, flag, [row for row in rows if row.split not in _VAL_NAMES]), _of_rows(path, flag, judging)
 
 
-def _of_rows(path: Path, rows: list[_Row]) -> _Named:
-    return _Named(ImageSource(str(path.parent), (row.path for row in rows)), [row.label for row in rows])
+def _of_rows(path: Path, flag: str, rows: list[_Row]) -> _Named:
+    return _Named(images_at(str(path.parent), [row.path for row in rows], flag), [row.label for row in rows])
 
 
 def _rows(path: Path, flag: str) -> Iterator[_Row]:
@@ -240,7 +235,7 @@ def _rows(path: Path, flag: str) -> Iterator[_Row]:
                     continue
                 row = _row(cells, columns, width, where)
                 first = path.parent / os.fsdecode(row.path)
-                if number == 1 and not first.suffix and not first.exists():
+                if number == 1 and not first.suffix and not is_there(str(first)):
                     raise UserError(f"{where}: {os.fsdecode(row.path)!r} is no image; a header names path and label")
                 label, line = known.setdefault(row.path, (row.label, number))
                 if line != number:

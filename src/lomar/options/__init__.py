@@ -3,6 +3,7 @@
 No heavy import here: `lomar --help` reads these files alone.
 """
 
+from lomar.options.benchmarking import BenchmarkOptions
 from lomar.options.downstream import (
     EmbedOptions,
     EvaluateOptions,
@@ -25,6 +26,7 @@ from lomar.options.fields import (
     suggestion,
 )
 from lomar.options.pictures import AttentionOptions, ReconstructOptions
+from lomar.options.preparing import PrepareOptions
 from lomar.options.pretraining import PretrainOptions, RecipesOptions, TokenizerOptions
 from lomar.options.weights import ConvertOptions, ExportOptions
 
@@ -32,6 +34,7 @@ __all__ = [
     "AUTO",
     "LARGEST_SEED",
     "AttentionOptions",
+    "BenchmarkOptions",
     "ConvertOptions",
     "EmbedOptions",
     "EvaluateOptions",
@@ -40,6 +43,7 @@ __all__ = [
     "KnnOptions",
     "MapOptions",
     "PredictOptions",
+    "PrepareOptions",
     "PretrainOptions",
     "ProbeOptions",
     "RecipesOptions",

@@ -1,0 +1,34 @@
+"""Options of the command that makes images smaller."""
+
+from dataclasses import dataclass
+
+from lomar.options.fields import AUTO, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """Make images smaller once, in a few large files, so that training need not decode large photographs."""
+
+    data: str = option("folder of images, .txt file of paths, or 'sample'", metavar="DIR")
+    out: str = option("folder to write, which every command takes as --data", metavar="DIR2", results=False)
+    resume: bool = option("go on with what was begun in --out; needs no other option", default=False, results=False)
+    overwrite: bool = option("replace what is prepared in --out, or was begun there", default=False, results=False)
+    verify: bool = option("check what is in --out against its check sums, and end", default=False, results=False)
+    short_side: int = option(
+        "shorter side of the images; smaller ones keep their size. 512 is enough for crops of 224, 1024 for 448",
+        default=512,
+        low=2,
+        metavar="PX",
+    )
+    encoding: str = option(
+        "jpeg, with arrays for what is not 8-bit gray or colour; or raw: arrays alone, lossless, fastest and largest",
+        default="jpeg",
+        choices=("jpeg", "raw"),
+        metavar="NAME",
+    )
+    quality: int = option("of JPEG", default=95, low=1, high=100, metavar="Q")
+    shard_mb: float = option("megabytes of a file", default=256.0, above=0, metavar="MB")
+    workers: int | None = option("processes", default=None, auto=AUTO, low=0, metavar="W", results=False)
+    max_bad_share: float = option(
+        "share of unreadable images from which to refuse", default=0.25, low=0, high=1, metavar="S", results=False
+    )
