@@ -5,8 +5,8 @@
 Each setting is pretrained on train/ for equal epochs with each seed, then judged on val/: by k-NN and by a linear probe
 of frozen features with 300 labels of each class (the probe's layer and rate are chosen on a tenth of those that is held
 out), and by fine-tuning with 100 labels of each class. Seeds come one by one, so that a run that is cut has whole
-rows; what is done is not done again. A table of means and standard deviations ends it; `--settings` without names prints
-that of what there is.
+rows; what is done is not done again. A table of means and standard deviations ends it; `--settings` without names
+prints that of what there is.
 """
 
 import argparse

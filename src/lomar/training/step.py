@@ -36,9 +36,14 @@ class Step:
     ) -> None:
         self.fabric = fabric
         self.method = method
-        # Shapes are fixed but for a step's last micro-batch, which is worth a graph of its own.
-        prepared = torch.compile(method, fullgraph=True, dynamic=False) if compiled else method
-        self.model, self.optimizer = fabric.setup(prepared, optimizer)  # type: ignore[arg-type]  # it is a module
+        if compiled:
+            # Within DDP, whose own code is no graph; it splits the graph to send gradients as they come, which it
+            # cannot where blocks are worked out again. Shapes are fixed but for a step's last micro-batch.
+            torch._dynamo.config.optimize_ddp = not any(
+                getattr(m, "grad_checkpointing", False) for m in method.modules()
+            )
+            method.compile(fullgraph=True, dynamic=False)
+        self.model, self.optimizer = fabric.setup(method, optimizer)
         self.batch_size = batch_size
         self.clip_grad = clip_grad
         self._loss_sum, self._counted = self._zero(), self._zero()
