@@ -102,7 +102,10 @@ def test_the_method_of_ones_own_trains_and_is_a_recipe_like_the_others(
 def test_ci_runs_the_readmes_two_set_up_commands() -> None:
     """Each named block holds one line that makes the environment and does its work."""
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
-    for name, end in {"run": "lomar pretrain --data sample --out run --method lomar-late", "test": "pytest -n 2"}.items():
+    for name, end in {
+        "run": "lomar pretrain --data sample --out run --method lomar-late",
+        "test": "pytest -n 2",
+    }.items():
         block = re.search(rf"<!-- setup: {name} -->\n```sh\n(.*?)\n```", readme, flags=re.S)
         assert block is not None
         assert block[1].startswith("python3 -m venv .venv && .venv/bin/pip install")

@@ -52,6 +52,20 @@ def test_data_and_out_are_needed(lomar: Command, out: Path) -> None:
         ("--image-size 4", "--image-size 4 is not a multiple of --patch-size 8; 8 would be"),
         ("--mask-ratio 0.1", "--mask-ratio 0.1 hides 0 of the 9 patches of a window"),
         ("--mask-layer 3", "--mask-layer is 3; --model 16x3x2 has blocks 0 to 2"),
+        (
+            "--predict-share 0.05",
+            "--predict-share 0.05 predicts 0 of the 7 hidden patches of a view; it must predict some",
+        ),
+        ("--predict-share 0.99", "--predict-share 0.99 predicts 7 of the 7 hidden patches of a view; take 1 for all"),
+        (
+            "--mask blockwise --mask-min-block 1 --predict-share 0.5",
+            "of --mask blockwise all hidden patches are predicted",
+        ),
+        (
+            "--predict-choice uniform",
+            "--predict-choice is for --predict-share below 1, which this method does not have",
+        ),
+        ("--workers 100000", "--workers is '100000'; it must be a whole number, at least 0 and at most 256"),
         ("--window-layout released --views 3", "--views is 3; with --window-layout released a 4x4 grid"),
         ("--crop-scale 0.9 0.3", "--crop-scale is 0.9 0.3; the smaller share comes first"),
         ("--epochs 3 --max-steps 2", "--epochs and --max-steps are both given"),
@@ -82,6 +96,17 @@ def test_a_gpu_that_is_not_there_is_named(lomar: Command, out: Path, tmp_path: P
     config.write_text("device: cuda")
     assert refused(lomar("pretrain --data sample --device cuda --out", out)) == message
     assert refused(lomar("pretrain --data sample --out", out, "--config", config)) == message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_what_compiling_lacks_is_named(
+    command: str, lomar: Command, out: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model = ["--model", "scratch:16x1x2"] if command == "finetune" else []
+    message = refused(lomar(command, "--device cpu --compile yes --data", photos, "--out", out, *model))
+    assert message == "--compile is yes, which takes a compiler (no-such-compiler), not found here; it can be no"
     assert not out.exists()
 
 

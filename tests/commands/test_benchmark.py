@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -216,7 +217,19 @@ def test_windows_are_drawn_as_figure_5(lomar: Any, timed_as: Any, tmp_path: Path
     timed_as(by_size)
     done = lomar("benchmark windows --methods lomar --window-sizes 5 7 --device cpu --rounds 1 --out", tmp_path)
     assert done.status == 0 and (tmp_path / "figure-5-right.png").exists()
-    assert "| 5x5 " in done.out and "against 7x7" not in done.out
+    assert "| 5x5 " in done.out and "images/s against 7x7" in done.out
+
+
+def test_each_size_and_batch_has_a_curve_of_its_own(
+    lomar: Any, timed_as: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    picture = ("picture.png", "window", lambda rows, path: drawn.extend(row["name"] for row in rows))
+    monkeypatch.setitem(benchmark.PICTURES, "windows", picture)
+    timed_as(by_size)
+    words = "--methods lomar --window-sizes 5 7 --device cpu --rounds 1 --out"
+    assert lomar("benchmark windows --image-sizes 224 448 --batch-sizes 1 2", words, tmp_path).status == 0
+    assert list(dict.fromkeys(drawn)) == [f"lomar, {px} px, {batch} images" for px in (224, 448) for batch in (1, 2)]
 
 
 def test_the_command_that_is_told_is_the_command(photos: Path) -> None:
@@ -251,19 +264,22 @@ def test_what_fails_otherwise_is_told_with_status_1(lomar: Any, timed_as: Any) -
     assert done.status == 1 and "RuntimeError: no kernel" in done.out
 
 
-def test_an_interrupted_measurement_leaves_what_it_has(lomar: Any, timed_as: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_measurement_leaves_what_it_has(
+    number: signal.Signals, lomar: Any, timed_as: Any, tmp_path: Path
+) -> None:
     count = 0
 
     def found(cell: Cell) -> Measured:
         nonlocal count
         count += 1
         if count == 6:  # in the second round of three rows and the machine
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return by_size(cell)
 
     timed_as(found)
     done = lomar("benchmark --methods lomar mae lomar-late --image-sizes 224 --device cpu --out", tmp_path)
-    assert done.status == 130 and "Traceback" not in done.err
+    assert done.status == 128 + number and "Traceback" not in done.err
     rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
     assert [len(row["rounds"]) for row in rows] == [1, 1, 1, 2]
     assert all(row.get("step_s") for row in rows) and done.out == (tmp_path / "steps.md").read_text()
@@ -306,6 +322,7 @@ def test_files_and_loader_are_really_measured(lomar: Any, in_this_process: None,
         ),
         ("windows --methods mae", "--methods mae has no windows, whose size could be measured"),
         ("loader", "--data is missing: the images to load"),
+        ("loader --data sample --image-sizes 96", "--image-sizes 96 is less than a window; it must be at least 112"),
         ("--data nowhere", "--data nowhere: no such folder or file"),
         ("classifier --methods lomar", "--methods is for steps and windows and processes, not for classifier"),
         ("--processes 2", "--processes is for processes, not for steps"),
@@ -327,7 +344,7 @@ def test_bad_input_is_one_line_before_anything_is_timed(words: str, message: str
 def test_a_folder_that_cannot_be_written_shows_before_the_work(lomar: Any, timed_as: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     timed_as(by_size)
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+    for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300)):
         done = lomar("benchmark products --out", out)
         assert done.status == 2 and done.err.startswith(f"lomar: error: --out {out} "), done.err
         assert done.err.count("\n") == 1

@@ -20,7 +20,7 @@ SMALL = (
 WINDOWS = "--window-size 3"
 METHODS = {
     "lomar": WINDOWS,
-    "lomar-late": f"{WINDOWS} --mask-layer 2",
+    "lomar-late": WINDOWS,  # block 10 of 12 becomes the last of three
     "mae": "--decoder-width 8 --decoder-depth 1 --decoder-heads 2",
     "beit": "--mask-min-block 2",
     "beit-lomar": f"{WINDOWS} --mask-min-block 2",

@@ -2,6 +2,9 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -331,3 +334,34 @@ def test_centre_crops_come_in_order_with_bad_files_marked(folder, workers):
     # 10.jpg is 51 x 53 in pixels: the centre is 45 x 45.
     expected = read_image(source.read(10), "x").crop((3, 4, 45, 45), (23, 23), RGB8)
     assert (pixels[10].numpy() == expected).all()
+
+
+KILLED = """
+import multiprocessing, sys, time, torch
+from lomar.data.loader import loaded
+
+class Large(torch.utils.data.Dataset):
+    def __getitems__(self, keys):
+        return b"x" * 10_000_000  # more than a pipe holds
+
+batches = loaded(Large(), ([0] for _ in range(100)), workers=1, pin_memory=False)
+next(batches)
+print(multiprocessing.active_children()[0].pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked there")
+def test_a_worker_ends_with_a_parent_that_was_killed() -> None:
+    """Though it waits to write a batch that nobody will read."""
+    parent = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    worker = Path("/proc", parent.stdout.readline().strip())
+    assert worker.exists()
+    time.sleep(0.5)  # so that it waits
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 20
+    while worker.exists() and (worker / "stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < end, "the worker lives on"
+        time.sleep(0.1)

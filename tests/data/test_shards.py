@@ -295,6 +295,7 @@ def test_a_part_is_named_by_the_path_of_the_originals(prepared: Path) -> None:
     assert folders_in(str(prepared), "--data") == ["train", "val"]
     assert folders_in(str(prepared / "val"), "--data") == ["blue", "red"]
     assert is_there(str(prepared / "val/red")) and not is_there(str(prepared / "va"))
+    assert not is_there("x" * 300)
     with pytest.raises(
         UserError, match=r"--data .*prepared/nothing: no such folder or file among the images prepared in"
     ):

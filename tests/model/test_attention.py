@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from lomar.model import attention
 from lomar.model.attention import BACKENDS, Attention, ContextualAttention, Places, attend, backend_for, by_products
+from lomar.model.encoder import Encoder
 from lomar.model.positions import BUCKETS, contextual_buckets, grid_coordinates, piecewise_index, with_cls
+from lomar.training.memory import saved_bytes
 
 CPU_BACKENDS = [name for name in BACKENDS if name != "fused"]  # tests/model/test_kernels.py has that one
 
@@ -90,6 +92,44 @@ def test_long_sequences_keep_no_weights_on_a_cpu() -> None:
     assert backend_for(torch.zeros(1, 2, 3, 4), 1057) == "recomputed"
     assert backend_for(torch.zeros(1, 2, 3, 4), 785) == "products"
     assert max(kept) <= 1057 * 1057  # the buckets, which all heads and blocks share
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_in_bfloat16_backends_are_within_its_rounding(backend: str) -> None:
+    """Three parts in a hundred of the float64 values, in every gradient too: logits are rounded to 8 bits."""
+    torch.manual_seed(0)
+    at = grid_coordinates(7, 7)[None]
+    tensors = inputs(3, 2, at, 16, 0)
+    places = Places(with_cls(at), contextual_buckets(with_cls(at)))
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        given = [each.detach().to(dtype).requires_grad_() for each in tensors]
+        out = BACKENDS[backend](*given, places, 0)
+        results.append([out, *torch.autograd.grad(out.square().sum(), given)])
+    for exact, rounded in zip(*results, strict=True):
+        assert (rounded.double() - exact).norm() < 0.03 * exact.norm()
+
+
+def test_counting_for_a_gpu_no_weights_are_kept() -> None:
+    for position in ("none", "contextual"):
+        layer = ContextualAttention(8, 2) if position == "contextual" else Attention(8, 2)
+        relation = layer.relate(grid_coordinates(7, 7)[None], None)
+        x = torch.randn(3, 50, 8)
+        plain = saved_bytes(lambda layer=layer, x=x, relation=relation: layer(x, relation))
+        with attention.as_fused():
+            fused = saved_bytes(lambda layer=layer, x=x, relation=relation: layer(x, relation))
+        assert plain - fused > 0.9 * 3 * 2 * 50 * 50 * 4  # a layer's weights in float32
+
+
+def test_an_exported_program_asks_for_no_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU changes its way, at `KEPT_TOKENS`, a program made on one side of that runs on the other."""
+    monkeypatch.setattr(attention, "KEPT_TOKENS", 10)
+    model = Encoder(16, 4, 3, num_classes=0, embed_dim=8, depth=2, num_heads=2).eval()
+    side = torch.export.Dim("side", min=2, max=64) * 4
+    program = torch.export.export(model, (torch.zeros(1, 3, 16, 20),), dynamic_shapes=({2: side},))
+    for height in (8, 40):
+        images = torch.randn(1, 3, height, 20)
+        torch.testing.assert_close(program.module()(images), model(images))
 
 
 @pytest.mark.parametrize("position", ["none", "contextual"])

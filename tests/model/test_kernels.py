@@ -285,7 +285,21 @@ def test_supported_says_where_the_kernels_run() -> None:
     assert kernels.supported(q) == (GPU or INTERPRETED)
     assert torch.compile(kernels.supported, fullgraph=True, backend="eager")(q) == (GPU or INTERPRETED)
     assert not kernels.supported(q.double())
-    assert not kernels.supported(torch.zeros(1, 1, 2, 129, device=DEVICE))
+    assert not kernels.supported(torch.zeros(1, 1, 2, 65, device=DEVICE))
+
+
+def test_shapes_that_do_not_go_together_are_refused() -> None:
+    """A kernel would read beyond them."""
+    at = problem(rows=2, heads=2, m=3, n=5, d=16)
+    for wrong in (
+        {"k": at.k[:, :, :4]},
+        {"v": at.v[:1]},
+        {"table": at.table[:, :49]},
+        {"queries_at": at.queries_at[:, :2]},
+        {"keys_at": at.keys_at[:1].expand(3, -1, -1)},
+    ):
+        with pytest.raises(ValueError, match="do not go with"):
+            kernels.fused_attention(*at._replace(**wrong)[:-1])
 
 
 @pytest.fixture

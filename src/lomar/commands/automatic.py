@@ -158,12 +158,36 @@ def choose(
 
 
 def compiling(gpu: bool) -> tuple[str, str]:
-    """Whether the training step is compiled: on a GPU, where what that needs is installed."""
+    """Whether the training step is compiled: on a GPU, where what that needs is there."""
     if not gpu:
         return "no", "no faster on a CPU"  # docs/performance.md
-    if find_spec("triton") is None or not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        return "no", "that takes Triton and a C compiler, such as gcc"
-    return "yes", "faster on a GPU; the first step takes a minute or two"
+    if lacking := lacking_to_compile("cuda"):
+        return "no", f"that takes {lacking}"
+    return "yes", "faster on a GPU; the first step with each size of micro-batch takes a minute or two"
+
+
+def lacking_to_compile(device: str) -> str:
+    """What torch.compile needs on a device and does not find; "" where all is there."""
+    compilers = ("CXX", "g++", "clang++") if device == "cpu" else ("CC", "gcc", "clang", "cc")
+    variable, *names = compilers
+    wanted = [os.environ[variable]] if os.environ.get(variable) else names
+    if not any(map(shutil.which, wanted)):
+        return f"a compiler ({' or '.join(wanted)})"
+    if device == "cuda" and find_spec("triton") is None:
+        return "Triton"
+    if device == "cuda" and torch.cuda.get_device_capability() < (7, 0):
+        return "a GPU of compute capability 7.0 or more"
+    return ""
+
+
+def check_compile(asked: Mapping[str, Any], hw: Hardware) -> None:
+    """Refuse --compile yes where that cannot be.
+
+    Raises:
+        UserError: something is missing.
+    """
+    if asked.get("compile") == "yes" and (lacking := lacking_to_compile(hw.device)):
+        raise UserError(f"--compile is yes, which takes {lacking}, not found here; it can be no")
 
 
 def loading_workers(cores: int, gpu: bool) -> int:

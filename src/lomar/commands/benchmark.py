@@ -2,11 +2,13 @@
 
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lomar import __version__
@@ -33,8 +35,6 @@ def command(given: Mapping[str, Any]) -> int:
     """Run `lomar benchmark` with the options that were given; returns the exit status."""
     planned = plan(given)
     out = Path(given["out"]) if "out" in given else None
-    if out and out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; it must be a folder")
     found = report(planned, given)
 
     def keep() -> None:
@@ -43,21 +43,30 @@ def command(given: Mapping[str, Any]) -> int:
             _write(found, out)
 
     status = 0
+    before = signal.signal(signal.SIGTERM, _terminated)  # so that no child outlives this process
     try:
+        if out and out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file; it must be a folder")
         keep()  # a folder that cannot be written shows before the work
         _note(f"{len(planned.rows)} rows, {planned.rounds} rounds, a fresh process for each row of each round")
         measure_rounds(planned.rows, planned.rounds, measured, _note, keep)
         status = int(any(row.failed not in ("", OUT_OF_MEMORY) for row in planned.rows))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
         _note("interrupted; this is what was measured so far")
         keep()
-        status = 130
+        status = 128 + (signal.SIGINT if isinstance(ended, KeyboardInterrupt) else signal.SIGTERM)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.stdout.write(page(found))
     if out:
         draw(found, out)
     return status
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def report(planned: Plan, given: Mapping[str, Any]) -> Values:
@@ -210,7 +219,8 @@ def _columns(measure: str, rows: list[Values]) -> dict[str, Callable[[Values], s
 
     name = {"steps": "method", "windows": "method", "processes": "method", "products": "what"}.get(measure, "what")
     bases = dict.fromkeys(str(row.get("method", row["name"])) for row in rows if row["is_base"])
-    base = {"windows": "the first size", "processes": "fewest processes"}.get(measure, " or ".join(bases))
+    windows = dict.fromkeys("{0}x{0}".format(row["window"]) for row in rows if row["is_base"] and "window" in row)
+    base = {"windows": "".join(windows), "processes": "fewest processes"}.get(measure, " or ".join(bases))
     of_image = {"image": shown("image_px", "{} px"), "batch": shown("batch")}
     speed = {"step, s": time, "images/s": shown("images_per_s", "{:.4g}")}
     compared = {f"images/s against {base}": against}
@@ -272,9 +282,13 @@ def draw(found: Values, out: Path) -> None:
     name, along, drawn = PICTURES[found["measure"]]
     rows = [row for row in found["rows"] if "s_per_image" in row]
     if len({row[along] for row in rows}) > 1:
-        batches = {row["batch"] for row in rows}
-        several = len(batches) > 1
-        drawn([row | {"name": f"{row['name']}, {row['batch']} images"} if several else row for row in rows], out / name)
+        several = [
+            (key, unit)
+            for key, unit in (("image_px", "px"), ("batch", "images"))
+            if key != along and len({row[key] for row in rows}) > 1
+        ]
+        curves = [", ".join([row["name"], *(f"{row[key]} {unit}" for key, unit in several)]) for row in rows]
+        drawn([row | {"name": curve} for row, curve in zip(rows, curves, strict=True)], out / name)
         _note(f"drawn: {out / name}")
 
 

@@ -11,7 +11,7 @@ import torch
 from lomar.benchmark.attention import NO_BIAS
 from lomar.benchmark.cells import Cell
 from lomar.benchmark.classifier import CLASSIFIERS
-from lomar.benchmark.loading import LOMAR, PILLOW, TENSOR
+from lomar.benchmark.loading import LOMAR, PATCH_PX, PILLOW, TENSOR, WINDOW
 from lomar.benchmark.pretraining import OPENAI_BLOCKS, OPENAI_WIDTH
 from lomar.benchmark.rounds import Row
 from lomar.commands.automatic import Hardware, compiling, decoder_for, find_hardware, loading_workers
@@ -20,7 +20,15 @@ from lomar.data.sources import open_source
 from lomar.errors import UserError
 from lomar.methods.composition import Composition
 from lomar.methods.cost import STEP, forward_flops, kept_bytes, passages, tokenizer_flops, trained_parameters
-from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, OPENAI_VOCAB, RECIPES, VIEWS_OF_WINDOW, compose
+from lomar.methods.recipes import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    OPENAI_VOCAB,
+    RECIPES,
+    VIEWS_OF_WINDOW,
+    compose,
+    mask_layer_for,
+)
 from lomar.model.attention import BACKENDS, backend_for
 from lomar.model.encoder import SIZES, size_of
 from lomar.options import BenchmarkOptions, PretrainOptions, convert, fields_of, flag, suggestion
@@ -280,7 +288,9 @@ class _Planner:
             paths[f"{LOMAR}, prepared files"] = (LOMAR, options.prepared)
         images = min(LOADED_IMAGES, len(open_source(options.data)))
         for px in options.image_sizes or (224, 448):
-            self._check_multiple(px, 16)
+            self._check_multiple(px, PATCH_PX)
+            if px < WINDOW * PATCH_PX:
+                raise UserError(f"--image-sizes {px} is less than a window; it must be at least {WINDOW * PATCH_PX}")
             for name, (path, data) in paths.items():
                 views = options.views or paper_views(px)
                 values = {"path": path, "data": data, "image_px": px, "views": views}
@@ -374,6 +384,7 @@ class _Planner:
         if values["window_size"]:
             scaled = max(1, round(values["views"] * paper_views(px) / paper_views(own_px)))
             values["views"] = options.views or scaled
+        values["mask_layer"] = mask_layer_for(values["mask_layer"], _size(options.model)[1])
         values |= variant.changes
         if not values["window_size"]:
             values["views"] = 1

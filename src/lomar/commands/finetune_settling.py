@@ -10,7 +10,7 @@ import numpy as np
 import timm
 import torch
 
-from lomar.commands.automatic import Choice, Hardware, find_hardware, image_and_patch
+from lomar.commands.automatic import Choice, Hardware, check_compile, find_hardware, image_and_patch
 from lomar.commands.finetune_automatic import Start, choose_finetuning
 from lomar.commands.runs import check_kind, check_new, fitting_micro_batch, notes_on, stored
 from lomar.commands.settling import check_per_channel
@@ -122,6 +122,7 @@ def settle(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
     if run.resolve() in (model, model.parent):
         raise UserError(f"--out {run} is the folder of --model; give another folder")
     hardware = find_hardware(asked.get("device", "auto"), process_count())
+    check_compile(asked, hardware)
     data = labelled_data(asked["data"], SPLIT_SEED, asked.get("val"))
     from_scratch = asked["model"].startswith(SCRATCH)
     loaded = None if from_scratch else _loaded(asked["model"])
@@ -168,6 +169,7 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
     values = stored(run, asked, FinetuneOptions)
     options = FinetuneOptions(**values)
     hardware = find_hardware(options.device, process_count())
+    check_compile(values, hardware)
     data = labelled_data(options.data, SPLIT_SEED, options.val)
     if (run / LAST_FILE).exists():
         encoder = load(run / LAST_FILE)
@@ -309,8 +311,15 @@ def _micro_batch(settled: SettledFinetuning) -> Choice:
         with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
             return saved_bytes(partial(method, image.expand(images, -1, -1, -1), target.expand(images, -1)))
 
+    def of_a_block(images: int) -> int:
+        classifier.set_grad_checkpointing(False)
+        bytes_kept = kept(images) // len(classifier.blocks)
+        classifier.set_grad_checkpointing(options.grad_checkpointing)
+        return bytes_kept
+
     weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    choice = fitting_micro_batch(kept, weights, options.batch_size, settled.hardware)
+    again = of_a_block if options.grad_checkpointing else None
+    choice = fitting_micro_batch(kept, weights, options.batch_size, settled.hardware, again)
     return replace(choice, value=min(options.batch_size, choice.value + choice.value % 2))
 
 

@@ -58,14 +58,19 @@ def readable_crops(source: ImageSource, fmt: PixelFormat, size_px: int) -> tuple
 
 def caption(method: MaskedReconstruction) -> str:
     """How to read its reconstructions."""
+    said = []
     if isinstance(method.target, NormalisedPixels):
-        return (
+        said.append(
             "The model predicts patches less their mean and over their deviation; each shown prediction is given the "
             "true mean and deviation of its patch."
         )
     if isinstance(method.target, VisualTokens):
-        return "The model predicts visual tokens; shown is what the tokenizer decodes from them and the visible ones."
-    return ""
+        said.append(
+            "The model predicts visual tokens; shown is what the tokenizer decodes from them and the visible ones."
+        )
+    if method.share:
+        said.append(f"It was trained to predict {method.share.count} of {method.mask.count} hidden patches at a time.")
+    return " ".join(said)
 
 
 def tokenised_crops(method: MaskedReconstruction, source: ImageSource, fmt: PixelFormat) -> Tensor | None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lomar.data.sources import is_there
 from lomar.data.survey import Survey
 from lomar.errors import UserError
 from lomar.files import write_atomically
+from lomar.model.attention import as_fused
 from lomar.options import (
     AUTO,
     FinetuneOptions,
@@ -226,7 +228,13 @@ def _write_config(run: Path, options: Any) -> None:
     write_atomically(run / CONFIG_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def fitting_micro_batch(kept: Callable[[int], int], weights: int, batch_size: int, hardware: Hardware) -> Choice:
+def fitting_micro_batch(
+    kept: Callable[[int], int],
+    weights: int,
+    batch_size: int,
+    hardware: Hardware,
+    again: Callable[[int], int] | None = None,
+) -> Choice:
     """Images per forward pass: what one image keeps is measured, as the difference of two images and one.
 
     Args:
@@ -234,10 +242,13 @@ def fitting_micro_batch(kept: Callable[[int], int], weights: int, batch_size: in
         weights: numbers that are trained.
         batch_size: images of a step, over all processes.
         hardware: where the run computes.
+        again: count of images -> bytes of what the backward pass works out again at a time.
     """
     share = -(-batch_size // process_count())
+    with as_fused() if hardware.device == "cuda" else nullcontext():
+        an_image = sum(each(2) - each(1) for each in (kept, again) if each)
     # Weight, gradient and two moments in float32.
-    return micro_batch(kept(2) - kept(1), 16 * weights, share, hardware)
+    return micro_batch(an_image, 16 * weights, share, hardware)
 
 
 def notes_on(found: Survey, choices: Mapping[str, Choice], smallest_side: int) -> list[str]:

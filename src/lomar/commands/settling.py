@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lomar.commands.automatic import Choice, Hardware, choose, find_hardware
+from lomar.commands.automatic import Choice, Hardware, check_compile, choose, find_hardware
 from lomar.commands.runs import (
     CONFIG_FILE,
     asked_for,
@@ -30,7 +30,16 @@ from lomar.errors import UserError
 from lomar.interop.initial import initial_options
 from lomar.interop.tokenizers import load_tokenizer
 from lomar.methods.composition import Composition
-from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES, VIEWS_OF_WINDOW, Recipe, compose
+from lomar.methods.recipes import (
+    DEPTH,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RECIPES,
+    VIEWS_OF_WINDOW,
+    Recipe,
+    compose,
+    mask_layer_for,
+)
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.methods.targets import TARGETS, VisualTokens
 from lomar.methods.tokenizer import STRIDE, DiscreteVAE
@@ -129,6 +138,7 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
     if "model" in asked:
         _size(asked["model"])
     hardware = find_hardware(asked.get("device", "auto"), process_count())
+    check_compile(asked, hardware)
     tokenizer = _tokenizer(asked)
     initial = initial_options(asked["init"]) if "init" in asked else {}
     asked = initial | asked
@@ -189,7 +199,11 @@ def _fitted(values: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Cho
     smallest = max(1, round(16 * patches / 196))
     if values["mask"] == "blockwise" and "mask_min_block" not in wanted and values["mask_min_block"] > smallest:
         choices["mask_min_block"] = Choice(smallest, f"BEiT's 16 of 196, for views of {patches}")
-    large = _size(values["model"])[0] >= SIZES["large"][0]
+    width, depth, _ = _size(values["model"])
+    if values["mask_layer"] and depth != DEPTH and "mask_layer" not in wanted:
+        layer = values["mask_layer"]
+        choices["mask_layer"] = Choice(mask_layer_for(layer, depth), f"the recipe's {layer} of {DEPTH} blocks")
+    large = width >= SIZES["large"][0]
     if values["transformer"] == "beit" and values["layer_scale"] == 0.1 and large and "layer_scale" not in wanted:
         choices["layer_scale"] = Choice(1e-5, "BEiT's for a large encoder")
     return choices
@@ -217,6 +231,7 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     check_fit(asdict(options), tokenizer)
     check_per_channel(asdict(options), "mean", "std")
     hardware = find_hardware(options.device, process_count())
+    check_compile(values, hardware)
     settled = Settled(options, open_source(options.data), hardware, tokenizer)
     _check_parts(settled)
     return settled
@@ -315,6 +330,15 @@ def _check_views(values: Mapping[str, Any], grid: int) -> None:
             f"--mask-ratio {ratio} hides {hidden} of the {patches} patches of a {'window' if window else 'view'}; "
             "it must hide some and leave some"
         )
+    share = values["predict_share"]
+    predicted = round(hidden * share)
+    if share < 1 and values["mask"] == "blockwise":
+        raise UserError(f"--predict-share is {share}; of --mask blockwise all hidden patches are predicted: take 1")
+    if share < 1 and not 0 < predicted < hidden:
+        raise UserError(
+            f"--predict-share {share} predicts {predicted} of the {hidden} hidden patches of a view; "
+            + ("take 1 for all" if predicted else "it must predict some")
+        )
     if values["mask"] == "blockwise" and values["mask_min_block"] > hidden:
         raise UserError(
             f"--mask-min-block {values['mask_min_block']} is more than the {hidden} patches that "
@@ -376,5 +400,12 @@ def _micro_batch(settled: Settled) -> Choice:
         with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
             return saved_bytes(partial(method, **batch))
 
+    def of_a_block(images: int) -> int:
+        method.set_grad_checkpointing(False)
+        bytes_kept = kept(images) // len(method.architecture.encoder.blocks)
+        method.set_grad_checkpointing(options.grad_checkpointing)
+        return bytes_kept
+
     weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    return fitting_micro_batch(kept, weights, options.batch_size, settled.hardware)
+    again = of_a_block if options.grad_checkpointing else None
+    return fitting_micro_batch(kept, weights, options.batch_size, settled.hardware, again)

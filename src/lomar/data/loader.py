@@ -8,8 +8,10 @@ worker, the micro-batch nor the process it falls to changes it.
 
 import atexit
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -342,7 +344,7 @@ def loaded(dataset: Dataset, batches: Iterable[list], workers: int, pin_memory: 
         worker_init_fn=_prepare_worker,
         prefetch_factor=_PREFETCHED if workers else None,
         pin_memory=pin_memory,
-        # Forked workers end with their parent; those of Python 3.14's forkserver outlive a kill -9 of it.
+        # Forked workers know their parent, to end with it; those of Python 3.14's forkserver do not.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         # The DataLoader draws a seed for its workers, which use none; keep that off the run's own random state.
         generator=torch.Generator(),
@@ -363,6 +365,14 @@ def _end_workers() -> None:
 atexit.register(_end_workers)
 
 
+def _end_with_parent() -> None:
+    """In a worker: torch looks for the parent between batches, and never gets there while it writes one to nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _as_it_is(batch: object) -> object:
     return batch
 
@@ -380,5 +390,6 @@ def _prepare_worker(worker: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, pass_over_once)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Oddities of files that can be read, such as a broken EXIF block; what cannot be read is reported as bad.
     warnings.filterwarnings("ignore", module="PIL")

@@ -152,12 +152,12 @@ class Index:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether preparing images into a folder was begun and not finished."""
-    return (folder / JOURNAL_FILE).is_file()
+    return os.path.isfile(folder / JOURNAL_FILE)  # noqa: PTH113 (Path's fails where a name is too long)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a folder holds prepared images; another file of the index' name is none."""
-    if is_unfinished(folder) or not (folder / INDEX_FILE).is_file():
+    if is_unfinished(folder) or not os.path.isfile(folder / INDEX_FILE):  # noqa: PTH113 (as above)
         return False
     try:
         with (folder / INDEX_FILE).open("rb") as file:

@@ -172,12 +172,12 @@ def images_at(root: str, paths: Sequence[bytes], flag: str) -> ImageSource:
 
 def is_there(path: str) -> bool:
     """Whether there is a file or folder of this name, or one among the originals of a prepared folder."""
-    if Path(path).exists():
-        return True
     try:
+        if Path(path).exists():
+            return True
         prepared = _prepared(Path(path), "")
         return prepared is not None and len(_open_prepared(*prepared, path, "")) > 0
-    except UserError:
+    except (UserError, OSError, ValueError):  # also a name that is too long, or no name
         return False
 
 

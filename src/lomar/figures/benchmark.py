@@ -62,8 +62,10 @@ def against_window_size(rows: Sequence[Row], path: Path) -> None:
         axes.yaxis.set_major_locator(AutoLocator())
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0)
-        views = {row["window"]: row["views"] for row in rows}
-        axes.set_xticks(list(views), [f"{side}x{side}\n{count}" for side, count in views.items()])
+        views: dict[int, dict[int, None]] = {}  # several where there are images of several sizes
+        for row in rows:
+            views.setdefault(row["window"], {})[row["views"]] = None
+        axes.set_xticks(list(views), [f"{side}x{side}\n{', '.join(map(str, of))}" for side, of in views.items()])
         axes.set_ylabel("training step, ms an image")
         axes.set_xlabel("window (patches); windows per image")
         _hours(axes, EPOCHS_OF_FIGURE_5)

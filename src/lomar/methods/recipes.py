@@ -8,6 +8,7 @@ from lomar.methods.composition import Composition
 from lomar.model.encoder import size_of
 
 OPENAI_VOCAB = 8192
+DEPTH = 12  # blocks of the encoders that recipes are for
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -36,6 +37,11 @@ class Recipe:
         """The method at the paper's size."""
         values = {"method": name, "mean": IMAGENET_MEAN, "std": IMAGENET_STD} | dict(self.options) | dict(self.full)
         return compose(values, OPENAI_VOCAB, scale=255.0)
+
+
+def mask_layer_for(layer: int, depth: int) -> int:
+    """A recipe's mask layer, which is of `DEPTH` blocks, in an encoder of another depth: as far on, before the last."""
+    return min(depth - 1, round(layer * depth / DEPTH))
 
 
 def compose(values: Mapping[str, Any], vocab: int, scale: float) -> Composition:

@@ -6,10 +6,12 @@ A block's attention is one of three, by what it adds to the logits: a contextual
 How it is worked out depends on the hardware. PyTorch's fused attention has the fastest kernels on a GPU, but not for a
 bias that is learned from the queries, which has kernels of its own (`lomar.model.kernels`). On a CPU plain matrix
 products are up to four times as fast as the fused attention in training (docs/performance.md); where a layer's weights
-would be many megabytes an image, they are worked out a few heads at a time, and again in the backward pass.
+would be many megabytes an image, those of a contextual bias are worked out a few heads at a time, and again in the
+backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lomar.model.positions import ContextualPosition, Grid, RelativeBias, contextual_buckets, with_cls
 
-# Most tokens whose probabilities a CPU keeps for the backward pass: at 1024, 25 MB a layer and image of 12 heads.
+# Most tokens whose weights a CPU keeps for the backward pass: at 1024, 25 MB a layer and image of 12 heads.
 KEPT_TOKENS = 1024
 _ELEMENTS_AT_ONCE = 2**22  # logits worked out at a time where they are not kept
 _TRITON = find_spec("triton") is not None  # it is not on every platform
@@ -53,14 +55,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     Returns:
         (R, heads, M, d).
     """
-    long = k.shape[-2] > KEPT_TOKENS
-    if q.device.type != "cpu" or torch.compiler.is_exporting() or (long and (bias is None or not bias.requires_grad)):
+    if q.device.type != "cpu" or torch.compiler.is_exporting() or not _weights_kept:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if k.shape[-2] > KEPT_TOKENS and (bias is None or not bias.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return by_products(q, k, v, bias)
 
 
 def by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`attend`, by one matrix product after another; keeps the probabilities (R, heads, M, N)."""
+    """`attend`, by one matrix product after another; keeps the weights (R, heads, M, N).
+
+    In bfloat16 the logits are rounded to it, as in every attention that writes them out; fused ones do not.
+    """
     rows, heads, m, d = q.shape
     scale = d**-0.5
     q, k, v = (each.flatten(0, 1) for each in (q, k, v))  # (R * heads, M or N, d)
@@ -135,17 +141,37 @@ def backend_for(q: Tensor, tokens: int) -> str:
 
     On a CPU `recomputed` where the weights of a layer are large.
     """
-    exporting = torch.compiler.is_exporting()
-    if _may_be_fused(q.device) and not exporting:
+    if torch.compiler.is_exporting():  # first: a program of any size must not ask for its number of tokens
+        return "products"
+    if _may_be_fused(q.device):
         from lomar.model.kernels import supported
 
         if supported(q):
             return "fused"
-    return "products" if tokens <= KEPT_TOKENS or exporting or q.device.type != "cpu" else "recomputed"
+    kept = _weights_kept and tokens <= KEPT_TOKENS
+    return "products" if kept or q.device.type != "cpu" else "recomputed"
 
 
 def _may_be_fused(device: torch.device) -> bool:
-    return _TRITON and device.type == "cuda"
+    if not _TRITON or device.type != "cuda":
+        return False
+    from lomar.model.kernels import capable
+
+    return capable()
+
+
+_weights_kept = True
+
+
+@contextmanager
+def as_fused() -> Iterator[None]:
+    """On a CPU, attention that keeps what fused kernels keep, so that what a GPU will keep can be counted there."""
+    global _weights_kept
+    _weights_kept = False
+    try:
+        yield
+    finally:
+        _weights_kept = True
 
 
 def _buckets(places: Places, first: int) -> Tensor:

@@ -30,9 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lomar.model import positions
-from lomar.model.positions import CLS_BUCKET, SIDE
+from lomar.model.positions import BUCKETS, CLS_BUCKET, SIDE
 
-_MOST_BYTES = 512  # of a token in one head: 256 channels of 16 bits; beyond, the compiler runs out of registers
+_MOST_BYTES = 256  # of a token in one head: 128 channels of 16 bits; beyond, the compiler runs out of registers
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # the first NVIDIA GPUs with bfloat16
 _INTERPRETED = bool(triton.knobs.runtime.interpret)  # for good: a kernel is made for the interpreter or the compiler
@@ -75,9 +75,13 @@ def supported(q: Tensor) -> bool:
     """Whether `fused_attention` takes these queries here: on an NVIDIA GPU since Ampere, or in Triton's interpreter."""
     if q.dtype not in _DTYPES or q.shape[-1] * q.dtype.itemsize > _MOST_BYTES:
         return False
-    if q.device.type != "cuda":
-        return _INTERPRETED
-    return torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= _LEAST_CAPABILITY
+    return capable() if q.device.type == "cuda" else _INTERPRETED
+
+
+@torch.compiler.assume_constant_result  # a compiled step need not know how it is found out
+def capable() -> bool:
+    """Whether this process's GPU is one."""
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= _LEAST_CAPABILITY
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, queries_at: Tensor, keys_at: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, queries_at: 
     Differentiable once, in q, k, v and the table. Sums, softmax and T are float32.
 
     Args:
-        q: (R, heads, M, d), float32, bfloat16 or float16; d at most 256, in float32 128.
+        q: (R, heads, M, d), float32, bfloat16 or float16; `supported` says which.
         k, v: (R, heads, N, d), of q's type.
         table: (d, 50), the vectors R as columns, shared by the heads.
         queries_at: int32 (R or 1, M, 2), row and column of every query; `positions.NOWHERE` of cls.
@@ -94,7 +98,16 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, queries_at: 
 
     Returns:
         (R, heads, M, d), in memory as (R, M, heads, d).
+
+    Raises:
+        ValueError: shapes that do not go together, which a kernel would read beyond.
     """
+    rows, _, m, d = q.shape
+    shapes = [tuple(each.shape) for each in (k, v, table, queries_at, keys_at)]
+    n = k.shape[2]
+    fits = shapes[0] == shapes[1] == (rows, q.shape[1], n, d) and shapes[2] == (d, BUCKETS)
+    if not fits or any(at.shape not in ((1, each, 2), (rows, each, 2)) for at, each in ((queries_at, m), (keys_at, n))):
+        raise ValueError(f"queries {tuple(q.shape)} do not go with keys, values, table and places {shapes}")
     out, _ = torch.ops.lomar.contextual_attention(q, k, v, table, queries_at, keys_at)
     return out
 

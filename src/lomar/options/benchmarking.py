@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lomar.options.downstream import DEVICES, PRECISIONS
-from lomar.options.fields import option
+from lomar.options.fields import MOST_WORKERS, option
 
 MEASURES = {
     "steps": "pretraining steps of methods against image size",
@@ -87,7 +87,12 @@ class BenchmarkOptions:
         "what `lomar prepare` made of --data, to be loaded beside it", default=None, metavar="DIR"
     )
     workers: int | None = option(
-        "processes that read the images of --data", default=None, auto="as in pretraining", low=0, metavar="W"
+        "processes that read the images of --data",
+        default=None,
+        auto="as in pretraining",
+        low=0,
+        high=MOST_WORKERS,
+        metavar="W",
     )
     without_tokenizer: bool = option("leave out the time of beit's tokenizer", default=False)
     # How

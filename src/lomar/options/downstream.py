@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lomar.options.fields import AUTO, LARGEST_SEED, option
+from lomar.options.fields import AUTO, LARGEST_SEED, MOST_WORKERS, option
 
 ANY_MODEL = (
     "a run's folder, a file of its weights, a released checkpoint, or what timm.create_model takes: a name such as "
@@ -95,7 +95,9 @@ class FinetuneOptions:
         metavar="WORD",
         results=False,
     )
-    workers: int = option("processes that read images, per device", auto=AUTO, low=0, metavar="W", results=False)
+    workers: int = option(
+        "processes that read images, per device", auto=AUTO, low=0, high=MOST_WORKERS, metavar="W", results=False
+    )
     device: str = option("where to compute", auto=AUTO, choices=DEVICES, metavar="NAME", results=False)
     checkpoint_steps: int | None = option(
         "steps between checkpoints, beside the timed ones", default=None, low=1, metavar="N", results=False
@@ -127,7 +129,9 @@ class EvaluateOptions:
     overwrite: bool = option("replace the evaluation in --out", default=False)
     image_size: tuple[int, ...] | None = option(IMAGE_SIZE, default=None, auto="the model's", low=1, metavar="PX")
     batch_size: int = option("images at once", default=32, low=1, metavar="N")
-    workers: int | None = option("processes that read images", default=None, auto=AUTO, low=0, metavar="W")
+    workers: int | None = option(
+        "processes that read images", default=None, auto=AUTO, low=0, high=MOST_WORKERS, metavar="W"
+    )
     device: str = option("where to compute", default="auto", choices=DEVICES, metavar="NAME")
     precision: str = option("precision of the matrix products", default="auto", choices=PRECISIONS, metavar="NAME")
 
@@ -143,7 +147,9 @@ class PredictOptions:
     top: int = option("classes for each image, most probable first", default=1, low=1, metavar="K")
     image_size: tuple[int, ...] | None = option(IMAGE_SIZE, default=None, auto="the model's", low=1, metavar="PX")
     batch_size: int = option("images at once", default=32, low=1, metavar="N")
-    workers: int | None = option("processes that read images", default=None, auto=AUTO, low=0, metavar="W")
+    workers: int | None = option(
+        "processes that read images", default=None, auto=AUTO, low=0, high=MOST_WORKERS, metavar="W"
+    )
     device: str = option("where to compute", default="auto", choices=DEVICES, metavar="NAME")
     precision: str = option("precision of the matrix products", default="auto", choices=PRECISIONS, metavar="NAME")
 
@@ -172,7 +178,9 @@ class KnnOptions:
     out: str | None = option("file for the results", default=None, metavar="FILE.json")
     seed: int = option("fixes the weights of scratch: models", default=0, low=0, high=LARGEST_SEED, metavar="N")
     batch_size: int = option("images at once", default=64, low=1, metavar="N")
-    workers: int | None = option("processes that read images", default=None, auto=AUTO, low=0, metavar="W")
+    workers: int | None = option(
+        "processes that read images", default=None, auto=AUTO, low=0, high=MOST_WORKERS, metavar="W"
+    )
     device: str = option("where to compute", default="auto", choices=DEVICES, metavar="NAME")
     precision: str = option("precision of the matrix products", default="auto", choices=PRECISIONS, metavar="NAME")
 
@@ -230,7 +238,7 @@ class ProbeOptions:
         metavar="N",
     )
     workers: int | None = option(
-        "processes that read images", default=None, auto=AUTO, low=0, metavar="W", results=False
+        "processes that read images", default=None, auto=AUTO, low=0, high=MOST_WORKERS, metavar="W", results=False
     )
     device: str = option("where to compute", default="auto", choices=DEVICES, metavar="NAME", results=False)
     precision: str = option("precision of the encoder", default="auto", choices=PRECISIONS, metavar="NAME")
@@ -260,7 +268,9 @@ class EmbedOptions:
     batch_size: int | None = option(
         "images at once", default=None, auto="64, fewer where each has many patches", low=1, metavar="N"
     )
-    workers: int | None = option("processes that read images", default=None, auto=AUTO, low=0, metavar="W")
+    workers: int | None = option(
+        "processes that read images", default=None, auto=AUTO, low=0, high=MOST_WORKERS, metavar="W"
+    )
     device: str = option("where to compute", default="auto", choices=DEVICES, metavar="NAME")
     precision: str = option("precision of the matrix products", default="auto", choices=PRECISIONS, metavar="NAME")
 

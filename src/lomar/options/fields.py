@@ -15,6 +15,7 @@ from lomar.errors import UserError
 
 AUTO = "chosen from the data and the hardware"
 LARGEST_SEED = 2**32 - 1  # every generator takes it
+MOST_WORKERS = 256  # more is a slip of the finger, which would take all memory before anything is read
 
 
 def option(

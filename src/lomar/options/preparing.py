@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lomar.options.fields import AUTO, option
+from lomar.options.fields import AUTO, MOST_WORKERS, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,9 @@ class PrepareOptions:
     )
     quality: int = option("of JPEG", default=95, low=1, high=100, metavar="Q")
     shard_mb: float = option("megabytes of a file", default=256.0, above=0, metavar="MB")
-    workers: int | None = option("processes", default=None, auto=AUTO, low=0, metavar="W", results=False)
+    workers: int | None = option(
+        "processes", default=None, auto=AUTO, low=0, high=MOST_WORKERS, metavar="W", results=False
+    )
     max_bad_share: float = option(
         "share of unreadable images from which to refuse", default=0.25, low=0, high=1, metavar="S", results=False
     )

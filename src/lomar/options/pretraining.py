@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lomar.options.fields import AUTO, LARGEST_SEED, option
+from lomar.options.fields import AUTO, LARGEST_SEED, MOST_WORKERS, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,9 @@ class PretrainOptions:
         metavar="WORD",
         results=False,
     )
-    workers: int = option("processes that read images, per device", auto=AUTO, low=0, metavar="W", results=False)
+    workers: int = option(
+        "processes that read images, per device", auto=AUTO, low=0, high=MOST_WORKERS, metavar="W", results=False
+    )
     device: str = option("where to compute", auto=AUTO, choices=("auto", "cpu", "cuda"), metavar="NAME", results=False)
     checkpoint_steps: int | None = option(
         "steps between checkpoints, beside the timed ones", default=None, low=1, metavar="N", results=False
@@ -229,7 +231,7 @@ class TokenizerOptions:
     usage_weight: float = option("how much unused tokens weigh in the loss", default=0.2, low=0, metavar="W")
     seed: int = option("fixes crops, noise and initial weights", default=0, low=0, high=LARGEST_SEED, metavar="N")
     # How fast, how watched: another value leads to the same tokenizer
-    workers: int = option("processes that read images", auto=AUTO, low=0, metavar="W", results=False)
+    workers: int = option("processes that read images", auto=AUTO, low=0, high=MOST_WORKERS, metavar="W", results=False)
     device: str = option("where to compute", auto=AUTO, choices=("auto", "cpu", "cuda"), metavar="NAME", results=False)
     log_every: int = option("steps between two plain progress lines", default=10, low=1, metavar="N", results=False)
     max_bad_share: float = option(

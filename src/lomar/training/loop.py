@@ -26,6 +26,7 @@ from lomar.training.step import Step, on_device
 
 # Rows wait this many steps at most: one look at the device for several steps, and little to lose.
 BUFFERED_STEPS = 10
+LOOK_SECONDS = 5  # of several GPUs: how late a signal may be answered, if steps are shorter than that
 CHECKPOINT = Path("checkpoints", "last.pt")  # in the run's folder
 EVALUATION_SHARE = 0.1  # of the run's time, unless an interval is asked for
 
@@ -187,6 +188,7 @@ class Trainer:
         self.bad_files = BadFiles(run / "bad_files.txt")
         self._buffer: list[tuple[Row, Tensor, Tensor, list[str]]] = []
         self._evaluation_s = 0.0  # the last one
+        self._looked, self._last_look, self._next_look = time.monotonic(), 0, 0
         self._last_flush = time.monotonic()  # moved on by what is not training, so that throughput is training's
 
     def save(self) -> None:
@@ -268,7 +270,8 @@ class Trainer:
 
     def _learn(self, batches: Iterator[MicroBatch], stop: StopRequest) -> bool:
         course, progress = self.course, self.progress
-        began = saved = self._last_flush = time.monotonic()
+        began = saved = self._last_flush = self._looked = time.monotonic()
+        self._last_look = self._next_look = progress.step
         elapsed_before = progress.elapsed_s
         self.method.train()
         while progress.step < course.total_steps:
@@ -391,9 +394,18 @@ class Trainer:
             )
 
     def _looks_up(self) -> bool:
-        """Whether to ask the others now; on GPUs that waits for them, so not at every step."""
-        alone = self.fabric.world_size == 1 or self.fabric.device.type == "cpu"
-        return alone or self.progress.step % BUFFERED_STEPS == 0
+        """Whether to ask the others now. On GPUs that waits for them, so not at every step, but every few seconds."""
+        if self.fabric.world_size == 1 or self.fabric.device.type == "cpu":
+            return True
+        if self.progress.step < self._next_look:
+            return False
+        now = time.monotonic()
+        took_s = torch.tensor(now - self._looked, device=self.fabric.device)
+        since = max(1, self.progress.step - self._last_look)
+        mean_s = float(cast(Tensor, self.fabric.all_reduce(took_s, reduce_op="mean"))) / since  # alike in all processes
+        self._looked, self._last_look = now, self.progress.step
+        self._next_look = self.progress.step + max(1, min(BUFFERED_STEPS, int(LOOK_SECONDS / max(1e-6, mean_s))))
+        return True
 
     def _anyone(self, wish: bool) -> bool:
         """Whether any process wishes it, so that all act alike."""

@@ -11,7 +11,8 @@ from torch import Tensor
 def saved_bytes(forward: Callable[[], object]) -> int:
     """Bytes that autograd keeps for the backward pass of `forward`; storage kept twice counts once.
 
-    A count of tensors on the CPU. A GPU may keep less: its attention with a learned bias need not keep probabilities.
+    A count of tensors on the CPU; within `lomar.model.attention.as_fused` of what a GPU keeps, but for a learned bias,
+    whose weights its attention need not keep.
     """
     kept: dict[int, int] = {}
 
@@ -42,4 +43,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 2**30) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    kept = any(mallopt(_M_MMAP_THRESHOLD, size) for size in (2**30, 2**25))  # older ones take 32 MB at most
+    return bool(kept and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

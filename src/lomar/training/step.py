@@ -1,14 +1,16 @@
 """One update of the weights, which nothing but a look at its numbers waits for."""
 
-from collections.abc import Generator, Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import cast
 
 import torch
+import torch._dynamo.exc
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from lomar.data.loader import MicroBatch
+from lomar.errors import TrainingError
 
 
 class Step:
@@ -39,9 +41,10 @@ class Step:
         if compiled:
             # Within DDP, whose own code is no graph; it splits the graph to send gradients as they come, which it
             # cannot where blocks are worked out again. Shapes are fixed but for a step's last micro-batch.
-            torch._dynamo.config.optimize_ddp = not any(
-                getattr(m, "grad_checkpointing", False) for m in method.modules()
-            )
+            if fabric.world_size > 1:
+                torch._dynamo.config.optimize_ddp = not any(
+                    getattr(m, "grad_checkpointing", False) for m in method.modules()
+                )
             method.compile(fullgraph=True, dynamic=False)
         self.model, self.optimizer = fabric.setup(method, optimizer)
         self.batch_size = batch_size
@@ -54,8 +57,11 @@ class Step:
         Args:
             inputs: what the method takes, by name, on the device.
             last: whether it ends this process's share of the step.
+
+        Raises:
+            TrainingError: the step cannot be compiled here.
         """
-        with self.fabric.no_backward_sync(self.model, enabled=not last):
+        with self.fabric.no_backward_sync(self.model, enabled=not last), _told_if_not_compiled():
             losses, count = self.model(**inputs)
             # DDP averages over processes; with the world size the gradients add up to that of the sum.
             self.fabric.backward(losses * (self.fabric.world_size / self.batch_size))
@@ -93,6 +99,15 @@ class Step:
         return torch.zeros((), dtype=torch.float64, device=self.fabric.device)
 
 
+@contextmanager
+def _told_if_not_compiled() -> Iterator[None]:
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(f"the step cannot be compiled here ({reason}); --compile no does without") from error
+
+
 def on_device(batches: Generator[MicroBatch, None, None], device: torch.device) -> Generator[MicroBatch, None, None]:
     """The same micro-batches on a device; a GPU gets the next one while it works on this one.
 
@@ -105,22 +120,11 @@ def on_device(batches: Generator[MicroBatch, None, None], device: torch.device) 
             for batch in batches:
                 yield batch.to(device)
             return
-        copying = torch.cuda.Stream(device)
-        waiting: MicroBatch | None = None
-        for batch in batches:
+        copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        for batch in batches:  # asked for while the GPU still works on the one before
             with torch.cuda.stream(copying):
                 copied = batch.to(device)
-            if waiting:
-                yield _arrived(waiting, copying)
-            waiting = copied
-        if waiting:
-            yield _arrived(waiting, copying)
-
-
-def _arrived(batch: MicroBatch, copying: torch.cuda.Stream) -> MicroBatch:
-    """The batch, for the stream that computes; its memory is not given away before that has used it."""
-    computing = torch.cuda.current_stream(copying.device)
-    computing.wait_stream(copying)
-    for tensor in batch.inputs.values():
-        tensor.record_stream(computing)
-    return batch
+            computing.wait_stream(copying)
+            for tensor in copied.inputs.values():
+                tensor.record_stream(computing)  # its memory is not given away before that has used it
+            yield copied
