@@ -160,7 +160,7 @@ def choose(
 def compiling(gpu: bool) -> tuple[str, str]:
     """Whether the training step is compiled: on a GPU, where what that needs is there."""
     if not gpu:
-        return "no", "no faster on a CPU"  # docs/performance.md
+        return "no", "a few per cent at most on a CPU"  # docs/performance.md
     if lacking := lacking_to_compile("cuda"):
         return "no", f"that takes {lacking}"
     return "yes", "faster on a GPU; the first step with each size of micro-batch takes a minute or two"

@@ -24,7 +24,9 @@ from lomar.model.positions import ContextualPosition, Grid, RelativeBias, contex
 
 # Most tokens whose weights a CPU keeps for the backward pass: at 1024, 25 MB a layer and image of 12 heads.
 KEPT_TOKENS = 1024
-_ELEMENTS_AT_ONCE = 2**22  # logits worked out at a time where they are not kept
+# And without a backward pass: more tokens' weights are slower to fetch memory for than to work out piece by piece.
+WRITTEN_TOKENS = 256
+_ELEMENTS_AT_ONCE = 2**21  # logits worked out at a time where they are not kept
 _TRITON = find_spec("triton") is not None  # it is not on every platform
 
 
@@ -57,7 +59,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if q.device.type != "cpu" or torch.compiler.is_exporting() or not _weights_kept:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    if k.shape[-2] > KEPT_TOKENS and (bias is None or not bias.requires_grad):
+    if not _written_out(k.shape[-2]) and (bias is None or not bias.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return by_products(q, k, v, bias)
 
@@ -148,8 +150,13 @@ def backend_for(q: Tensor, tokens: int) -> str:
 
         if supported(q):
             return "fused"
-    kept = _weights_kept and tokens <= KEPT_TOKENS
-    return "products" if kept or q.device.type != "cpu" else "recomputed"
+    written = _weights_kept and _written_out(tokens)
+    return "products" if written or q.device.type != "cpu" else "recomputed"
+
+
+def _written_out(tokens: int) -> bool:
+    """Whether a CPU writes the weights of so many keys down for all heads at once."""
+    return tokens <= (KEPT_TOKENS if torch.is_grad_enabled() else WRITTEN_TOKENS)
 
 
 def _may_be_fused(device: torch.device) -> bool:
