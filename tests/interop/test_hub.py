@@ -232,8 +232,8 @@ def test_a_classifier_gives_its_features_where_none_of_its_classes_are_wanted(
     theirs = opened(tmp_path, num_classes=0)
     ours.reset_classifier(0)
     images = images_for(ours)
-    with torch.inference_mode():
-        assert torch.equal(theirs(images), ours(images))
+    with torch.inference_mode():  # timm's own model, where there is one, works its attention out otherwise
+        torch.testing.assert_close(theirs(images), ours(images))
 
 
 @pytest.mark.parametrize("classes", [0, 7])

@@ -154,7 +154,7 @@ CASES |= {
     "pixels": {"target": "pixels"},
     "tokens of windows": {"target": "tokens"},
     "a share": {"mask_layer": 3, "share": 2},
-    "a share, decoder": {"mask_layer": None, "share": 2},
+    "a share with a decoder": {"mask_layer": None, "share": 2},
 }
 METHODS: dict[str, Callable[[], MaskedReconstruction]] = {name: partial(small, **CASES[name]) for name in CASES}
 METHODS |= {f"recipe {name}": partial(tiny, name) for name in RECIPES}

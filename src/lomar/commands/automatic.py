@@ -175,7 +175,7 @@ def lacking_to_compile(device: str) -> str:
         return f"a compiler ({' or '.join(wanted)})"
     if device == "cuda" and find_spec("triton") is None:
         return "Triton"
-    if device == "cuda" and torch.cuda.get_device_capability() < (7, 0):
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (7, 0):
         return "a GPU of compute capability 7.0 or more"
     return ""
 

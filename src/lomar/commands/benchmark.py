@@ -43,7 +43,11 @@ def command(given: Mapping[str, Any]) -> int:
             _write(found, out)
 
     status = 0
-    before = signal.signal(signal.SIGTERM, _terminated)  # so that no child outlives this process
+    # So that no child outlives this process; SIGINT is ignored by what a script starts in the background.
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, _terminated),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
     try:
         if out and out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file; it must be a folder")
@@ -58,7 +62,8 @@ def command(given: Mapping[str, Any]) -> int:
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.stdout.write(page(found))
     if out:
         draw(found, out)
