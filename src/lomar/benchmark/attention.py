@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from lomar.benchmark.place import Place
 from lomar.model.attention import BACKENDS, Places
 from lomar.model.positions import BUCKETS, contextual_buckets, grid_coordinates, with_cls
+from lomar.training.memory import keep_freed_memory
 
 NO_BIAS = "no bias"  # PyTorch's scaled_dot_product_attention
 
@@ -25,6 +26,8 @@ def attention_step(
         side: of a view, in patches; with cls it has side * side + 1 tokens.
         heads, head_width: of the attention.
     """
+    if place.device.type == "cpu":
+        keep_freed_memory()  # as the training loop does
     shape = images * views, heads, side * side + 1, head_width
     made = {"device": place.device, "dtype": place.dtype, "requires_grad": True}
     q, k, v = (torch.randn(shape, **made) for _ in range(3))  # type: ignore[call-overload]
