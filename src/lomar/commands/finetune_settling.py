@@ -12,7 +12,7 @@ import torch
 
 from lomar.commands.automatic import Choice, Hardware, check_compile, find_hardware, image_and_patch
 from lomar.commands.finetune_automatic import Start, choose_finetuning
-from lomar.commands.runs import check_kind, check_new, fitting_micro_batch, notes_on, stored
+from lomar.commands.runs import check_kind, check_new, fitting_micro_batch, kept_by_a_block, notes_on, stored
 from lomar.commands.settling import check_per_channel
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import SPLIT_SEED, LabelledData, labelled_data
@@ -311,14 +311,9 @@ def _micro_batch(settled: SettledFinetuning) -> Choice:
         with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
             return saved_bytes(partial(method, image.expand(images, -1, -1, -1), target.expand(images, -1)))
 
-    def of_a_block(images: int) -> int:
-        classifier.set_grad_checkpointing(False)
-        bytes_kept = kept(images) // len(classifier.blocks)
-        classifier.set_grad_checkpointing(options.grad_checkpointing)
-        return bytes_kept
-
     weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    again = of_a_block if options.grad_checkpointing else None
+    a_block = kept_by_a_block(kept, classifier.set_grad_checkpointing, len(classifier.blocks))
+    again = a_block if options.grad_checkpointing else None
     choice = fitting_micro_batch(kept, weights, options.batch_size, settled.hardware, again)
     return replace(choice, value=min(options.batch_size, choice.value + choice.value % 2))
 

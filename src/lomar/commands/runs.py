@@ -251,6 +251,26 @@ def fitting_micro_batch(
     return micro_batch(an_image, 16 * weights, share, hardware)
 
 
+def kept_by_a_block(
+    kept: Callable[[int], int], set_checkpointing: Callable[[bool], object], blocks: int
+) -> Callable[[int], int]:
+    """What the backward pass works out again at a time where blocks are checkpointed: count of images -> bytes.
+
+    Args:
+        kept: count of images -> bytes kept for the backward pass.
+        set_checkpointing: turns the model's checkpointing on and off; it is on.
+        blocks: of the model.
+    """
+
+    def again(images: int) -> int:
+        set_checkpointing(False)
+        bytes_kept = kept(images) // blocks
+        set_checkpointing(True)
+        return bytes_kept
+
+    return again
+
+
 def notes_on(found: Survey, choices: Mapping[str, Choice], smallest_side: int) -> list[str]:
     """What the user should know before a run starts.
 

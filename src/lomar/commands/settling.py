@@ -18,6 +18,7 @@ from lomar.commands.runs import (
     check_kind,
     check_new,
     fitting_micro_batch,
+    kept_by_a_block,
     merged,
     notes_on,
     stored,
@@ -400,12 +401,7 @@ def _micro_batch(settled: Settled) -> Choice:
         with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
             return saved_bytes(partial(method, **batch))
 
-    def of_a_block(images: int) -> int:
-        method.set_grad_checkpointing(False)
-        bytes_kept = kept(images) // len(method.architecture.encoder.blocks)
-        method.set_grad_checkpointing(options.grad_checkpointing)
-        return bytes_kept
-
     weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    again = of_a_block if options.grad_checkpointing else None
+    a_block = kept_by_a_block(kept, method.set_grad_checkpointing, len(method.architecture.encoder.blocks))
+    again = a_block if options.grad_checkpointing else None
     return fitting_micro_batch(kept, weights, options.batch_size, settled.hardware, again)
