@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from lomar import __version__
 from lomar.errors import TrainingError, UserError
+from lomar.launch import Launch, launched
 from lomar.options import (
     AttentionOptions,
     BenchmarkOptions,
@@ -177,14 +178,29 @@ def _run(arguments: Sequence[str] | None) -> int:
         status: int = importlib.import_module(COMMANDS[name][1]).command(given)
         return status
     except UserError as error:
-        sys.stderr.write(f"lomar: error: {error}\n")
+        _tell("error", error)
         return BAD_INPUT
     except TrainingError as error:
-        sys.stderr.write(f"lomar: failed: {error}\n")
+        _tell("failed", error)
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("lomar: interrupted\n")
         return 130
+
+
+def _tell(kind: str, error: UserError | TrainingError) -> None:
+    """One line on standard error; of what all processes of a run meet with, one line of one of them."""
+    try:
+        launch = launched()
+    except UserError:
+        launch = Launch()
+    torch = sys.modules.get("torch")
+    begun = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    # Before the processes know each other, those of one machine see the same files.
+    if launch.rank if error.shared else launch.local_rank if not begun else 0:
+        return
+    who = f"process {launch.rank} of {launch.count}: " if launch.rank else ""
+    sys.stderr.write(f"lomar: {kind}: {who}{error}\n")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,10 @@ def test_a_micro_batch_is_an_even_split_of_the_share(image: int, fixed: int, sha
     assert size == -(-share // passes)  # no smaller passes would do with as few
 
 
-def test_processes_on_one_machine_share_its_cores_and_memory() -> None:
-    whole, half = find_hardware("cpu", 1), find_hardware("cpu", 2)
+def test_processes_on_one_machine_share_its_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = find_hardware("cpu")
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    half = find_hardware("cpu")
     assert half.cores == max(1, whole.cores // 2)
     assert half.memory_bytes == pytest.approx(whole.memory_bytes / 2, rel=0.2)

@@ -12,6 +12,7 @@ from PIL import Image
 
 import lomar as package
 from lomar.errors import UserError
+from lomar.training.checkpoint import Checkpoints
 
 Command = Callable[..., Any]
 
@@ -78,7 +79,6 @@ def test_data_and_out_are_needed(lomar: Command, out: Path) -> None:
         ("--config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),
         ("--data nowhere", "--data nowhere: no such folder or file"),
         ("--eval-data nowhere", "--eval-data nowhere: no such folder or file"),
-        ("--resume", "holds no run to resume"),
         ("--resume --overwrite", "--resume and --overwrite are both given"),
     ],
 )
@@ -112,6 +112,7 @@ def test_what_compiling_lacks_is_named(
 
 def test_fewer_images_in_a_batch_than_processes(pretrain: Command, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setenv("RANK", "0")
     assert refused(pretrain(out)) == "--batch-size 4 is smaller than the 5 processes"
     assert not out.exists()
 
@@ -284,7 +285,7 @@ def test_a_resumed_run_keeps_what_changes_its_results(lomar: Command, pretrain: 
         ("method", "nonsense", "--method is 'nonsense'; `lomar recipes` lists what there is"),
         ("model", "auto", "it must settle model"),
         ("model", None, "--model is None; it must be text"),
-        ("model", "small", "does not fit this run's configuration"),
+        ("model", "small", "do not fit this run's configuration"),
         ("epochs", 3, "it must settle one of epochs and max_steps"),
         ("mean", [0.5], "--mean has 1 numbers; the images have 3 channels"),
         ("window_size", 99, "--window-size 99 is larger than the 4x4 grid"),
@@ -314,18 +315,23 @@ def test_a_configuration_that_lacks_an_option_is_refused(lomar: Command, pretrai
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "other"])
-def test_a_corrupt_checkpoint_is_named(damage: str, lomar: Command, pretrain: Command, out: Path) -> None:
+def test_where_all_checkpoints_are_corrupt_they_are_named(
+    damage: str, lomar: Command, pretrain: Command, out: Path
+) -> None:
     assert pretrain(out, "--max-steps 1").status == 0
-    checkpoint = out / "checkpoints" / "last.pt"
-    if damage == "other":
-        torch.save({"weights": torch.zeros(3)}, checkpoint)
-    else:
-        whole = checkpoint.read_bytes()
-        checkpoint.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"hello", "empty": b""}[damage])
+    checkpoints = Checkpoints(out / "checkpoints")
+    assert checkpoints.steps() == [1, 0]
+    for step in (1, 0):
+        path = checkpoints.path(step)
+        if damage == "other":
+            checkpoints.save(step, {"weights": torch.zeros(3)})
+        else:
+            whole = path.read_bytes()
+            path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"hello", "empty": b""}[damage])
     metrics = (out / "metrics.jsonl").read_bytes()
     outcome = lomar("pretrain", "--out", out, "--resume")
     assert outcome.status == 2 and outcome.err.count("\n") == 1
-    assert f"the checkpoint {checkpoint} " in outcome.err
+    assert str(checkpoints.folder) in outcome.err
     assert (out / "metrics.jsonl").read_bytes() == metrics
 
 

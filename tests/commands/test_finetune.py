@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kept import last_state
 from PIL import Image
 
 import lomar as package
@@ -92,7 +93,7 @@ def test_it_learns_and_leaves_all_that_a_user_wants(tuned: Path, rows: Callable[
         "train.log",
         "figures/curves.png",
         "figures/confusion.png",
-        "checkpoints/last.pt",
+        "checkpoints/step-000000048.pt",
     } <= there
     judged = [row for row in rows(tuned) if "top1" in row]
     assert [row["step"] for row in judged] == [12, 24, 36, 48] and max(r["top1"] for r in judged) == 1.0
@@ -177,7 +178,7 @@ def test_what_changes_speed_alone_changes_no_result(
 
 def test_with_an_average_the_averaged_weights_are_what_is_kept(finetune: Command, tmp_path: Path) -> None:
     assert finetune(tmp_path / "run", "--epochs 1 --ema 0.99").status == 0
-    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    state = last_state(tmp_path / "run")
     kept = package.load(tmp_path / "run" / "classifier-last.safetensors").state_dict()
     assert torch.equal(kept["head.weight"], state["average"]["encoder.head.weight"])
     assert not torch.equal(kept["head.weight"], state["model"]["encoder.head.weight"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from kept import last_state
 
 import lomar as package
 from lomar.commands import settling
@@ -90,7 +91,7 @@ def test_a_run_keeps_its_own_tokenizer(lomar, words, tokenizer: Path, tmp_path: 
     assert lomar(*given, "--max-steps 2 --out", run).status == 0
     copy.unlink()
     assert lomar("pretrain --resume --out", run).status == 0
-    assert "target" not in " ".join(torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model"])
+    assert "target" not in " ".join(last_state(run)["model"])
 
 
 def test_predicted_tokens_are_drawn_as_the_tokenizer_decodes_them(lomar, words, photos, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def losses(course: list[tuple[int, float, float, float]]) -> list[float]:
 
 def test_a_run_holds_every_file_of_the_interface_and_no_other(finished_run: Path) -> None:
     for name in (
-        *("config.yaml", "metrics.jsonl", "train.log", "checkpoints/last.pt"),
+        *("config.yaml", "metrics.jsonl", "train.log", "checkpoints/step-000000004.pt"),
         *("encoder.safetensors", "reconstructor.safetensors"),
     ):
         assert (finished_run / name).stat().st_size > 0, name
@@ -158,7 +158,7 @@ def test_the_device_of_a_config_counts(
 
     asked: list[str] = []
 
-    def find(device: str, processes: int) -> Hardware:
+    def find(device: str) -> Hardware:
         asked.append(device)
         raise KeyboardInterrupt
 

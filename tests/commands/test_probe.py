@@ -39,6 +39,7 @@ from lomar.errors import TrainingError, UserError
 from lomar.interop.weights import read_file, save_file
 from lomar.model import Encoder
 from lomar.seeding import seeded
+from lomar.training.checkpoint import Checkpoints
 from lomar.training.records import Metrics
 
 QUICK = "--workers 0 --device cpu --precision fp32"
@@ -369,9 +370,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 @pytest.mark.parametrize(
     ("place", "name", "error", "reason"),
     [
-        (probe, "save_checkpoint", FULL, FULL.strerror),
-        (probe, "save_checkpoint", RuntimeError("[enforce fail at inline_container.cc:664]\n. file write failed"),
-         "the checkpoint is not whole, as when the disk is full"),
+        (Checkpoints, "save", FULL, FULL.strerror),
         (EmbeddingWriter, "write", FULL, FULL.strerror),
         (Metrics, "write", FULL, FULL.strerror),
         (probe_results, "save_file", FULL, FULL.strerror),
@@ -528,7 +527,7 @@ def test_maes_probe_that_was_stopped_goes_on_as_if_it_had_not_been(
         stopped_at(MaeProbe, step, signal.SIGTERM)
         words = ("--resume",) if parts.exists() else (MAE, "--data", photos)
         assert lomar("probe --out", parts, *words).status == 143
-    assert (parts / "checkpoints" / "last.pt").exists()
+    assert Checkpoints(parts / "checkpoints").steps()
     assert lomar("probe --out", parts, "--resume --log-every 1").status == 0
     numbers = [lasting(each) for each in (whole, parts)]
     for each in numbers:
@@ -640,7 +639,6 @@ def test_the_sweep_takes_as_many_steps_as_dinov2_within_limits(count: int, batch
             "not an image, despite .jpg",
         ),
         ("--epochs 1 --warmup-epochs 5", "--warmup-epochs 5 is more than --epochs 1"),
-        ("--resume", "--out {here}/p holds no run to resume: there is no config.yaml in it"),
         ("--out {here}/flat/1.jpg", "--out {here}/flat/1.jpg is a file; it must be a folder"),
     ],
 )  # fmt: skip

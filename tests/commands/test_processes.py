@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kept import last_state
 
 Course = Callable[[Path], list[tuple[int, float, float, float]]]
 
@@ -24,19 +25,24 @@ sys.exit(main(sys.argv[1:]))
 
 def in_two_processes(folder: Path, *words: str | Path) -> str:
     """What a command line under torchrun says."""
+    done = torchrun(folder, "", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def torchrun(folder: Path, before: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """A command line in two processes, each of which runs some code before it."""
     script = folder / "lomar_small.py"
-    script.write_text(SCRIPT)
+    script.write_text(before + SCRIPT)
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
     arguments = [part for word in words for part in (word.split() if isinstance(word, str) else [str(word)])]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *launcher.split(), str(script), *arguments],
         capture_output=True,
         text=True,
         timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_two_processes_give_the_losses_of_one(
@@ -53,6 +59,74 @@ def test_two_processes_give_the_losses_of_one(
     assert out.count("step 3/3") == 1
     np.testing.assert_allclose(np.array(course(run)), np.array(course(tmp_path / "one")), rtol=1e-4)
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
+
+
+SHARED = (
+    "--model 16x3x2 --image-size 32 --patch-size 8 --window-size 3 --views 2 --batch-size 4 --micro-batch 1 "
+    "--workers 0 --precision fp32 --device cpu --base-lr 0.05 --warmup-epochs 1 --eval-every 1000"
+)
+
+
+def test_spread_weights_learn_as_whole_ones_and_processes_may_change_on_the_way(
+    lomar: Callable[..., Any],
+    pretrain: Callable[..., Any],
+    interrupted_at: Callable[[int], None],
+    tmp_path: Path,
+    photos: Path,
+    course: Course,
+    rows: Callable[[Path], list[Any]],
+) -> None:
+    """One process, then two with spread weights (FSDP), which also judge by k-NN; against one from end to end."""
+    course_of_one = "--max-steps 6 --checkpoint-steps 2"
+    assert pretrain(tmp_path / "one", course_of_one, "--eval-data", photos).status == 0
+    run = tmp_path / "run"
+    interrupted_at(3)
+    assert pretrain(run, course_of_one, "--eval-data", photos).status == 130
+    out = in_two_processes(tmp_path, "pretrain --resume --strategy fsdp --micro-batch 1 --out", run)
+    assert out.count("step 6/6") == 1
+    np.testing.assert_allclose(np.array(course(run)), np.array(course(tmp_path / "one")), rtol=1e-4)
+    judged = [[row["knn_top1"] for row in rows(each) if "knn_top1" in row] for each in (run, tmp_path / "one")]
+    assert judged[0] == judged[1] and len(judged[0]) == 2
+    ends = [last_state(each)["model"] for each in (run, tmp_path / "one")]
+    for name, weights in ends[1].items():
+        np.testing.assert_allclose(ends[0][name], weights, rtol=1e-3, atol=1e-4)  # keys' biases learn from rounding
+    assert lomar("pretrain --resume --out", run).status == 0
+
+
+def test_a_process_that_dies_ends_the_run_and_it_goes_on(
+    lomar: Callable[..., Any], pretrain: Callable[..., Any], tmp_path: Path, photos: Path, course: Course
+) -> None:
+    """Killed at step 3 as for want of memory: no hang, no traceback of the other one, nothing lost before step 2."""
+    assert pretrain(tmp_path / "one", "--max-steps 6 --micro-batch 1").status == 0
+    run = tmp_path / "run"
+    killer = """
+import os, signal
+from lomar.training.loop import Trainer
+step = Trainer._step
+def dies(self, batches):
+    if self.progress.step == 3 and self.fabric.global_rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batches)
+Trainer._step = dies
+"""
+    words = ("pretrain --data", photos, "--out", run, SHARED, "--max-steps 6 --checkpoint-steps 2")
+    done = torchrun(tmp_path, killer, *words)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("lomar: ")]
+    assert said in (
+        [],
+        ["lomar: failed: another process of this run has ended, so this one ends; its own words say why"],
+    )
+    assert lomar("pretrain --resume --out", run).status == 0
+    np.testing.assert_allclose(np.array(course(run)), np.array(course(tmp_path / "one")), rtol=1e-4)
+
+
+def test_what_all_processes_find_wrong_one_of_them_says(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    done = torchrun(tmp_path, "", "pretrain --data", photos, "--out", tmp_path / "run", SHARED, "--max-steps 1")
+    said = [line for line in done.stderr.splitlines() if line.startswith("lomar: ")]
+    assert len(said) == 1 and "already holds a run" in said[0]
 
 
 def test_two_processes_fine_tune_as_one(

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kept import last_state
 from safetensors.torch import load_file
 
 import lomar as package
+from lomar.training.checkpoint import Checkpoints
 
 Command = Callable[..., Any]
 Rows = Callable[[Path], list[dict[str, Any]]]
@@ -49,8 +51,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert lomar("pretrain", "--out", run, "--resume").status == 0
     assert course(run) == whole
     assert [row["step"] for row in rows(run)] == list(range(8))
-    ends = [torch.load(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("whole", "run")]
+    ends = [last_state(tmp_path / name)["model"] for name in ("whole", "run")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_where_there_is_no_run_resume_begins_one_if_it_is_told_of_what(
+    whole: list[tuple[int, float, float, float]],
+    lomar: Command,
+    pretrain: Command,
+    interrupted_at: Callable[[int], None],
+    tmp_path: Path,
+    course: Course,
+) -> None:
+    """So that one command line serves a job that a cluster starts again and again."""
+    run = tmp_path / "run"
+    assert "holds no run to resume" in lomar("pretrain --resume --out", run).err and not run.exists()
+    interrupted_at(3)
+    assert pretrain(run, STEPS, "--resume").status == 130
+    assert pretrain(run, STEPS, "--resume").status == 0
+    assert course(run) == whole
 
 
 def test_what_only_changes_speed_may_change_on_the_way(
@@ -117,26 +136,24 @@ def test_when_the_last_checkpoint_stands_so_does_the_encoder_of_the_same_step(
     lomar: Command, pretrain: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, course: Course
 ) -> None:
     """A kill between the two files at the last step must not leave a finished run with an older encoder."""
-    from lomar.training import loop
+    save = Checkpoints.save
 
-    save = loop.save_checkpoint
-
-    def killed(path: Path, state: dict[str, Any]) -> None:
-        if state["progress"]["step"] == 3:
+    def killed(self: Checkpoints, step: int, state: dict[str, Any]) -> None:
+        if step == 3:
             raise KeyboardInterrupt
-        save(path, state)
+        save(self, step, state)
 
-    def killed_after(path: Path, state: dict[str, Any]) -> None:
-        save(path, state)
-        if state["progress"]["step"] == 3:
+    def killed_after(self: Checkpoints, step: int, state: dict[str, Any]) -> None:
+        save(self, step, state)
+        if step == 3:
             raise KeyboardInterrupt
 
     assert pretrain(tmp_path / "whole", "--max-steps 3").status == 0
     expected = load_file(tmp_path / "whole" / "encoder.safetensors")
     for name, kill in (("before", killed), ("after", killed_after)):
-        monkeypatch.setattr(loop, "save_checkpoint", kill)
+        monkeypatch.setattr(Checkpoints, "save", kill)
         assert pretrain(tmp_path / name, "--max-steps 3 --checkpoint-steps 2").status == 130
-        monkeypatch.setattr(loop, "save_checkpoint", save)
+        monkeypatch.setattr(Checkpoints, "save", save)
         assert lomar("pretrain", "--out", tmp_path / name, "--resume").status == 0
         found = load_file(tmp_path / name / "encoder.safetensors")
         assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -188,7 +205,7 @@ def test_in_python_a_signal_saves_and_is_raised(
             workers=0,
             max_steps=5,
         )
-    assert torch.load(tmp_path / "checkpoints" / "last.pt")["progress"]["step"] == 1
+    assert last_state(tmp_path)["progress"]["step"] == 1
 
 
 # Real processes
@@ -244,7 +261,7 @@ def test_a_signal_saves_and_leaves_with_its_status(
     os.kill(spawned.pid, number)
     assert spawned.end() == 128 + number
     assert "Traceback" not in spawned.err
-    step = torch.load(run / "checkpoints" / "last.pt")["progress"]["step"]
+    step = last_state(run)["progress"]["step"]
     assert 3 <= step < 12 and course(run)[-1][0] == step
     assert f"stopped after step {step}; go on with: lomar pretrain --out {run} --resume" in spawned.err
     assert lomar("pretrain", "--out", run, "--resume").status == 0

@@ -20,6 +20,7 @@ from lomar.data.decode import PixelFormat
 from lomar.data.survey import Survey
 from lomar.interop.tokenizers import load_tokenizer
 from lomar.options import TokenizerOptions, fields_of
+from lomar.training.checkpoint import Checkpoints
 from lomar.training.records import Metrics
 
 Command = Callable[..., Any]
@@ -375,16 +376,18 @@ def test_what_is_resumed_keeps_its_options_and_images(
     resume = ("tokenizer train --resume --out", out)
     assert "--vocab is 12, but what was begun in" in refused(lomar(*resume, "--vocab 12"))
     assert "the images are not those that" in refused(lomar(*resume, "--data", photos / "red"))
-    partial = tmp_path / "t.safetensors.partial"
-    whole = partial.read_bytes()
-    partial.write_bytes(whole[: len(whole) // 2])
-    assert "cannot be read" in refused(lomar(*resume))
-    torch.save({"options": {}}, partial)
+    checkpoints = Checkpoints(tmp_path / "t.safetensors.partial")
+    for step in checkpoints.steps():
+        whole = checkpoints.path(step).read_bytes()
+        checkpoints.path(step).write_bytes(whole[: len(whole) // 2])
+    assert "is damaged" in refused(lomar(*resume))
+    checkpoints.save(9, {"options": {}})
     assert "is not what lomar tokenizer train leaves behind" in refused(lomar(*resume))
 
 
 def test_several_processes_are_refused(train: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert refused(train(tmp_path / "t.safetensors")) == "a tokenizer trains in one process; start it without torchrun"
 
 

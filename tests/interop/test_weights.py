@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm.data
 import torch
+from kept import last_state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -115,7 +116,7 @@ def test_a_loaded_reconstructor_computes_what_the_trained_one_did(tmp_path: Path
 
 
 def test_the_files_of_a_run_hold_the_weights_of_its_checkpoint(finished_run: Path) -> None:
-    weights = torch.load(finished_run / "checkpoints" / "last.pt")["model"]
+    weights = last_state(finished_run)["model"]
     encoder = package.load(finished_run).state_dict()
     reconstructor = load_file(finished_run / "reconstructor.safetensors")
     assert {f"architecture.encoder.{name}" for name in encoder} < set(weights)

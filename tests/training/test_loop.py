@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kept import last_state
 from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor, nn
 
 from lomar.data.loader import MicroBatch
 from lomar.errors import TrainingError
-from lomar.training.checkpoint import load_checkpoint
-from lomar.training.loop import BadFiles, Course, NonFiniteError, StopRequest, Trainer
+from lomar.training.bad_files import BadFiles
+from lomar.training.loop import Course, NonFiniteError, Trainer
 from lomar.training.optim import Schedule
 from lomar.training.records import Display, Metrics, Row
+from lomar.training.signals import StopRequest
 
 HIDDEN = 3  # hidden patches of an image
 
@@ -182,7 +184,7 @@ def test_a_loss_that_stays_so_ends_the_run_and_leaves_a_good_checkpoint(tmp_path
         "the loss is not finite at step 4; its batch holds file-3-0; it happened again after the learning rate was "
         "halved"
     )
-    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    state = last_state(tmp_path)
     assert state["progress"]["step"] == 2 and state["progress"]["lr_factor"] == 0.5
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     assert [row["step"] for row in Metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
@@ -200,7 +202,7 @@ def test_weights_that_are_not_finite_are_neither_evaluated_nor_saved(tmp_path: P
     with pytest.raises(TrainingError):
         trainer.run(StopRequest())
     assert evaluated == [0]
-    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["progress"]["step"] == 2
+    assert last_state(tmp_path)["progress"]["step"] == 2
 
 
 def test_a_terminal_shows_one_bar_after_going_back(tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_a_command_that_meets_infinity_twice_fails_with_status_1(
     assert str(folder / "5.npy") in outcome.err
     assert outcome.out.count("with half the learning rate") == 1
     found = rows(tmp_path / "run")  # valid JSON
-    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    state = last_state(tmp_path / "run")
     assert state["progress"]["step"] == found[-1]["step"] < 4
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
@@ -259,7 +261,7 @@ def test_a_stop_saves_after_the_step_it_comes_in(tmp_path: Path) -> None:
     stop = StopRequest()
     stop.signal_number = signal.SIGINT
     assert not trainer.run(stop)
-    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["progress"]["step"] == 1
+    assert last_state(tmp_path)["progress"]["step"] == 1
 
 
 def test_a_second_interrupt_stops_at_once_and_handlers_are_given_back() -> None:
@@ -289,7 +291,7 @@ def test_training_stops_when_too_many_files_turn_out_bad(tmp_path: Path) -> None
     trainer = make_trainer(tmp_path, steps=9, bad=lambda step: [(f"{step}.jpg", "truncated")])
     with pytest.raises(TrainingError, match=r"^6 of 20 images cannot be read .*--max-bad-share allows 25%$"):
         trainer.run(StopRequest())
-    assert trainer.progress.step == 5
+    assert trainer.progress.step == 6
 
 
 def test_evaluations_take_a_tenth_of_the_time_unless_asked_for(tmp_path: Path) -> None:

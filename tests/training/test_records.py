@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,22 @@ def test_a_value_json_cannot_hold_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         Metrics(path).write([row(1), row(2, loss=object())])
     assert Metrics.read(path) == []
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.write([{"step": 1, "loss": 1.0}])
+    before = metrics.path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limit[1]))  # so a write is cut, as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            metrics.write([{"step": 2, "loss": 2.0}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert metrics.path.read_bytes() == before
+    metrics.write([{"step": 2, "loss": 2.0}])
+    assert [row["step"] for row in Metrics.read(metrics.path)] == [1, 2]
 
 
 def test_cutting_keeps_what_came_before_the_checkpoint_byte_for_byte(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from lomar.data.decode import PixelFormat
 from lomar.errors import UserError
+from lomar.launch import launched
 from lomar.model.encoder import size_of
 
 PAPER_BASE_LR = 1.5e-4  # for 256 images, at batch 4096 (section 6.1)
@@ -51,19 +52,21 @@ class Choice:
     reason: str
 
 
-def find_hardware(device: str, processes: int) -> Hardware:
-    """The hardware behind "auto", "cpu" or "cuda".
+def find_hardware(device: str) -> Hardware:
+    """The hardware behind "auto", "cpu" or "cuda", shared with the other processes of this machine.
 
     Raises:
         UserError: there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch finds no usable GPU here; it can be cpu")
-    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    launch = launched()
+    local = launch.local_count
     cores = max(1, _cores() // local)
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        free, _ = torch.cuda.mem_get_info()
-        return Hardware("cuda", torch.cuda.get_device_name(), free, cores, torch.cuda.is_bf16_supported())
+        number = launch.local_rank % torch.cuda.device_count()
+        free, _ = torch.cuda.mem_get_info(number)
+        return Hardware("cuda", torch.cuda.get_device_name(number), free, cores, torch.cuda.is_bf16_supported())
     capability = torch.backends.cpu.get_cpu_capability()
     return Hardware("cpu", f"CPU ({capability})", _available_bytes() // local, cores, _cpu_has_bf16())
 
@@ -153,12 +156,14 @@ def choose(
         settle("epochs", *_epochs(count, gpu))
     reason = f"{hw.cores} cores" + ("" if gpu else ", which the model needs too")
     settle("workers", loading_workers(hw.cores, gpu), reason)
-    settle("compile", *compiling(gpu))
+    settle("compile", *compiling(gpu, given.get("strategy", "ddp")))
     return choices
 
 
-def compiling(gpu: bool) -> tuple[str, str]:
+def compiling(gpu: bool, strategy: str = "ddp") -> tuple[str, str]:
     """Whether the training step is compiled: on a GPU, where what that needs is there."""
+    if strategy == "fsdp":
+        return "no", "weights are spread over the processes"
     if not gpu:
         return "no", "a few per cent at most on a CPU"  # docs/performance.md
     if lacking := lacking_to_compile("cuda"):
@@ -184,8 +189,10 @@ def check_compile(asked: Mapping[str, Any], hw: Hardware) -> None:
     """Refuse --compile yes where that cannot be.
 
     Raises:
-        UserError: something is missing.
+        UserError: something is missing, or weights are spread over the processes.
     """
+    if asked.get("compile") == "yes" and asked.get("strategy") == "fsdp":
+        raise UserError("--compile is yes, which --strategy fsdp does not go with; it can be no")
     if asked.get("compile") == "yes" and (lacking := lacking_to_compile(hw.device)):
         raise UserError(f"--compile is yes, which takes {lacking}, not found here; it can be no")
 

@@ -113,7 +113,7 @@ def plan(given: Mapping[str, Any]) -> Plan:
         if options.measure not in _USED_BY.get(name, tuple(MEASURES)):
             raise UserError(f"{flag(name)} is for {' and '.join(_USED_BY[name])}, not for {options.measure}")
     _size(options.model)
-    hardware = find_hardware(options.device, 1)
+    hardware = find_hardware(options.device)
     precision = options.precision if options.precision != "auto" else "bf16" if hardware.bf16 else "fp32"
     if options.data:
         open_source(options.data)

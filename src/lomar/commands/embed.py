@@ -25,9 +25,10 @@ from lomar.downstream.embedding_writer import (
 )
 from lomar.downstream.features import Wanted, layer_count
 from lomar.errors import UserError
+from lomar.files import only_writer
 from lomar.interop.models import patch_size_of
 from lomar.options import EmbedOptions, converted
-from lomar.training.loop import StopRequest
+from lomar.training.signals import StopRequest
 
 _BATCH_SIZE = 64
 # Patches an image may have at that batch size: attention may keep a number for each pair of them, in each head.
@@ -77,7 +78,10 @@ def command(given: Mapping[str, Any]) -> int:
         return 0
     try:
         _check_space(out, plan)
-        with closing((EmbeddingWriter.resume if options.resume else EmbeddingWriter.begin)(out, plan)) as writer:
+        with (
+            only_writer(out.with_name(f".{out.name}.lock"), f"--out {out}"),
+            closing((EmbeddingWriter.resume if options.resume else EmbeddingWriter.begin)(out, plan)) as writer,
+        ):
             return _embed(writer, options, encoder, source, batch_size)
     except OSError as error:
         goes_on = "; --resume goes on when it can" if begun(out) is not None else ""

@@ -22,6 +22,7 @@ from lomar.figures.reconstruction import figure7
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.model.encoder import crop_pct
 from lomar.options import PretrainOptions
+from lomar.training.processes import gathered, share_of
 from lomar.training.records import Metrics, Row
 
 TOKENS_AT_ONCE = 64 * 196  # of an evaluation batch: attention grows with their square
@@ -95,6 +96,8 @@ class Evaluation:
         """Named numbers at a step."""
         with self.fabric.autocast():
             numbers = self._numbers()
+            if not self.fabric.is_global_zero:
+                return {}
             self._pictures(step)
         rows = Metrics.read(self.run / "metrics.jsonl")
         if rows:
@@ -114,15 +117,20 @@ class Evaluation:
         return {"knn_top1": round(knn_top1(bank[bank_good], bank_labels, queries[queries_good], query_labels), 5)}
 
     def _features(self, name: str, source: ImageSource) -> tuple[Tensor, Tensor]:
-        """Pooled features float32 (N, D), and bool (N,): which are of a readable image and finite."""
-        (features,), good = frozen_features(
-            self.method.architecture.encoder,
-            [Wanted("mean")],
-            self._crops(name, source),
-            self.method.normalise,
-            self.fabric.device,
-        )
-        return features, good
+        """Pooled features float32 (N, D), and bool (N,): which are of a readable image and finite.
+
+        Each process makes those of its share of the images.
+        """
+        encoder = self.method.architecture.encoder
+        share = source.subset(share_of(len(source), self.fabric))
+        if len(share):
+            crops = self._crops(name, share)
+            (features,), good = frozen_features(
+                encoder, [Wanted("mean")], crops, self.method.normalise, self.fabric.device
+            )
+        else:
+            features, good = torch.zeros(0, encoder.embed_dim), torch.zeros(0, dtype=torch.bool)
+        return gathered(self.fabric, features), gathered(self.fabric, good)
 
     def _crops(self, name: str, source: ImageSource) -> Iterable[tuple[Tensor, Tensor]]:
         """Pixels and which are good, in batches; few images stay decoded for the next time."""

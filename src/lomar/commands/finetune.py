@@ -5,6 +5,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from timm.utils import ModelEmaV3
@@ -12,25 +13,28 @@ from torch import nn
 
 from lomar.commands.finetune_settling import LAST_FILE, SettledFinetuning, settle, settle_again
 from lomar.commands.judging import EVALUATION_FILE, judged, numbers_of, summary, write_judgement
-from lomar.commands.runs import CONFIG_FILE, asked_for, begin, disband, make_fabric, raise_unless_done
+from lomar.commands.runs import CONFIG_FILE, asked_for, begun, goes_on, raise_unless_done
 from lomar.data.labels import Labelled
 from lomar.data.loader import MicroBatch
 from lomar.data.supervised import training_batches
-from lomar.downstream.classify import Classification
+from lomar.downstream.classify import Classification, joined_judgement
 from lomar.errors import UserError
 from lomar.figures.curves import learning_curves
 from lomar.interop.weights import CLASSIFIER_FILE, load, save_classifier
 from lomar.model import Encoder
 from lomar.options import FinetuneOptions, converted
-from lomar.training.loop import Course, StopRequest, Trainer
+from lomar.training.checkpoint import FOLDER
+from lomar.training.loop import Course, Trainer
 from lomar.training.optim import Schedule, layerwise_adamw
-from lomar.training.records import Display, Metrics, Row, close_log
+from lomar.training.processes import make_fabric, said_by_all, share_of
+from lomar.training.records import Display, Metrics, Row
+from lomar.training.signals import StopRequest
 
 # Everything a run may hold; --overwrite deletes these and nothing else.
 RUN_FILES = (
     CONFIG_FILE,
     "metrics.jsonl",
-    "checkpoints",
+    FOLDER,
     CLASSIFIER_FILE,
     LAST_FILE,
     EVALUATION_FILE,
@@ -64,22 +68,20 @@ def command(given: Mapping[str, Any]) -> int:
     """Run `lomar finetune` with the options that were given; returns the exit status."""
     asked = _asked_for(given)
     run = Path(asked["out"])
-    resume = bool(asked.get("resume"))
+    resume = goes_on(run, asked)
     settled = (settle_again if resume else settle)(asked, run)
     options = settled.options
-    fabric = make_fabric(settled.hardware.device, options.precision)
+    fabric = make_fabric(settled.hardware.device, options.precision, options.strategy)
     torch.manual_seed(options.seed)
     classifier, done = settled.build()
-    begin(fabric, run, options, RUN_FILES, resume, lambda: None)
-    try:
-        with Display(options.log_every, enabled=fabric.is_global_zero) as display, StopRequest() as stop:
-            for note in [*settled.notes, *([] if resume else done)]:
-                display.say(note)
-            status = _train(fabric, run, settled, classifier, display, stop)
-        disband(fabric)
-        return status
-    finally:
-        close_log()
+    with (
+        begun(fabric, run, options, RUN_FILES, resume, lambda: None),
+        Display(options.log_every, enabled=fabric.is_global_zero) as display,
+        StopRequest() as stop,
+    ):
+        for note in [*settled.notes, *([] if resume else done)]:
+            display.say(note)
+        return _train(fabric, run, settled, classifier, display, stop)
 
 
 def _asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,6 +95,7 @@ def _train(
     fabric: Fabric, run: Path, settled: SettledFinetuning, classifier: Encoder, display: Display, stop: StopRequest
 ) -> int:
     options = settled.options
+    micro_batch = fabric.broadcast(options.micro_batch)  # alike in all processes, whatever memory each has found
     course = _course(options, settled.data.train)
 
     def batches(first_step: int) -> Generator[MicroBatch, None, None]:
@@ -104,7 +107,7 @@ def _train(
             depth=len(classifier.blocks) if classifier.drop_path_rate else 0,
             seed=options.seed,
             batch_size=options.batch_size,
-            micro_batch=options.micro_batch,
+            micro_batch=micro_batch,
             first_batch=first_step,
             total_batches=course.total_steps,
             workers=options.workers,
@@ -140,7 +143,7 @@ def _train(
     trainer.restore()
     if trainer.finished:
         display.say(f"the run in {run} is finished: {trainer.progress.step} steps")
-        if fabric.is_global_zero and not (run / EVALUATION_FILE).exists():  # it was killed before it could say so
+        if fabric.broadcast(not (run / EVALUATION_FILE).exists()):  # it was killed before it could say so
             _conclude(run, settled, evaluation, display)
         return 0
     if trainer.progress.step == 0:
@@ -154,8 +157,7 @@ def _train(
     if not finished:
         display.say(f"stopped after step {trainer.progress.step}; go on with: lomar finetune --out {run} --resume")
         return 128 + stop.signal_number
-    if fabric.is_global_zero:
-        _conclude(run, settled, evaluation, display)
+    _conclude(run, settled, evaluation, display)
     return 0
 
 
@@ -185,6 +187,8 @@ class Evaluation:
             return {}
         with self.fabric.autocast():
             found = self.judge(self.classifier)
+        if not self.fabric.is_global_zero:
+            return {}
         if found is None:
             self.display.say("no image that judges can be read")
             return {}
@@ -202,10 +206,12 @@ class Evaluation:
         return max((row["top1"] for row in rows if row.get("top1") is not None), default=None)
 
     def judge(self, classifier: nn.Module) -> Any:
-        """How a classifier on the device does on the images that judge."""
+        """How a classifier on the device does on the images that judge, of which each process looks at a share."""
         settled = self.settled
-        val, classes, workers = settled.data.val, len(settled.data.classes), settled.options.workers
-        return judged(classifier, val, classes, settled.input, self.fabric.device, JUDGED_AT_ONCE, workers)
+        classes, workers = len(settled.data.classes), settled.options.workers
+        share = settled.data.val.subset(np.array(share_of(len(settled.data.val), self.fabric)))
+        found = judged(classifier, share, classes, settled.input, self.fabric.device, JUDGED_AT_ONCE, workers)
+        return joined_judgement(said_by_all(self.fabric, [found]))
 
 
 def _conclude(run: Path, settled: SettledFinetuning, evaluation: Evaluation, display: Display) -> None:
@@ -213,7 +219,7 @@ def _conclude(run: Path, settled: SettledFinetuning, evaluation: Evaluation, dis
     best = load(run / CLASSIFIER_FILE).to(evaluation.fabric.device)
     with evaluation.fabric.autocast():
         found = evaluation.judge(best)
-    if found is not None:
+    if found is not None and evaluation.fabric.is_global_zero:
         about = {
             "model": str(run / CLASSIFIER_FILE),
             "data": settled.options.val or settled.options.data,

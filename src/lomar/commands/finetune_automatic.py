@@ -94,7 +94,7 @@ def choose_finetuning(
     settle("ema", 0.9999 if averages else 0.0, "MAE's from scratch" if averages else "")
     reason = f"{hw.cores} cores" + ("" if gpu else ", which the model needs too")
     settle("workers", loading_workers(hw.cores, gpu), reason)
-    settle("compile", *compiling(gpu))
+    settle("compile", *compiling(gpu, given.get("strategy", "ddp")))
     return choices
 
 

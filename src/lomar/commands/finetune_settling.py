@@ -12,7 +12,15 @@ import torch
 
 from lomar.commands.automatic import Choice, Hardware, check_compile, find_hardware, image_and_patch
 from lomar.commands.finetune_automatic import Start, choose_finetuning
-from lomar.commands.runs import check_kind, check_new, fitting_micro_batch, kept_by_a_block, notes_on, stored
+from lomar.commands.runs import (
+    check_kind,
+    check_new,
+    check_processes,
+    fitting_micro_batch,
+    kept_by_a_block,
+    notes_on,
+    stored,
+)
 from lomar.commands.settling import check_per_channel
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import SPLIT_SEED, LabelledData, labelled_data
@@ -22,10 +30,10 @@ from lomar.downstream.classify import Classification, classifier_of, freeze
 from lomar.errors import UserError
 from lomar.interop.models import SCRATCH, Input, check_size, input_of, scratch, size_given
 from lomar.interop.weights import describe, load
+from lomar.launch import launched
 from lomar.model import Encoder
 from lomar.model.encoder import crop_pct
 from lomar.options import FinetuneOptions, fields_of, flag
-from lomar.training.loop import process_count
 from lomar.training.memory import saved_bytes
 
 LAST_FILE = "classifier-last.safetensors"  # beside the best one
@@ -121,7 +129,7 @@ def settle(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
     model = Path(asked["model"]).resolve()
     if run.resolve() in (model, model.parent):
         raise UserError(f"--out {run} is the folder of --model; give another folder")
-    hardware = find_hardware(asked.get("device", "auto"), process_count())
+    hardware = find_hardware(asked.get("device", "auto"))
     check_compile(asked, hardware)
     data = labelled_data(asked["data"], SPLIT_SEED, asked.get("val"))
     from_scratch = asked["model"].startswith(SCRATCH)
@@ -145,7 +153,7 @@ def settle(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
         beit=not encoder.architecture["key_bias"],
         eight_bit=values["pixel_type"] == "uint8" and values["channels"] in (1, 3),
     )
-    choices = takes | choose_finetuning(values, len(data.train), start, hardware, process_count())
+    choices = takes | choose_finetuning(values, len(data.train), start, hardware, launched().count)
     values = {name: choice.value for name, choice in choices.items()} | values
     settled = SettledFinetuning(FinetuneOptions(**values | {"micro_batch": 1}), data, hardware, encoder)
     _check(settled, found)
@@ -168,7 +176,7 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
     """
     values = stored(run, asked, FinetuneOptions)
     options = FinetuneOptions(**values)
-    hardware = find_hardware(options.device, process_count())
+    hardware = find_hardware(options.device)
     check_compile(values, hardware)
     data = labelled_data(options.data, SPLIT_SEED, options.val)
     if (run / LAST_FILE).exists():
@@ -279,8 +287,7 @@ def _check_sizes(settled: SettledFinetuning) -> None:
         raise UserError(f"--crop-scale is {low} {high}; the smaller share comes first")
     if options.freeze_layers > depth:
         raise UserError(f"--freeze-layers is {options.freeze_layers}; the encoder has {depth}")
-    if options.batch_size < process_count():
-        raise UserError(f"--batch-size {options.batch_size} is smaller than the {process_count()} processes")
+    check_processes(options.batch_size, options.strategy)
 
 
 def _check_mixing(settled: SettledFinetuning) -> None:
@@ -288,12 +295,12 @@ def _check_mixing(settled: SettledFinetuning) -> None:
     options = settled.options
     if not settled.augmentation.mixes:
         return
-    unit = 2 * process_count()
+    unit = 2 * launched().count
     if options.batch_size % unit:
         better = max(unit, round(options.batch_size / unit) * unit)
         raise UserError(
-            f"--batch-size {options.batch_size} cannot be mixed two and two in {process_count()} process"
-            f"{'es' * (process_count() > 1)}; {better} can, or give --mixup 0 --cutmix 0"
+            f"--batch-size {options.batch_size} cannot be mixed two and two in {launched().count} process"
+            f"{'es' * (launched().count > 1)}; {better} can, or give --mixup 0 --cutmix 0"
         )
     if options.micro_batch % 2:
         raise UserError(f"--micro-batch {options.micro_batch} is odd; images are mixed two and two")

@@ -125,7 +125,7 @@ def open_frozen(
     Raises:
         UserError: there is no such model, or no such device.
     """
-    hardware = find_hardware(device, 1)
+    hardware = find_hardware(device)
     torch.manual_seed(seed)
     opened = open_model(model, image_size)
     if workers is None:

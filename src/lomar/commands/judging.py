@@ -52,7 +52,7 @@ class Session:
         size = size_given(image_size) if image_size else takes.size
         check_size(self.classifier, size)
         self.input = replace(takes, size=size, crop_pct=takes.crop_pct if size == takes.size else crop_pct(size))
-        hardware = find_hardware(device, 1)
+        hardware = find_hardware(device)
         self.device = torch.device(hardware.device)
         self.bf16 = precision == "bf16" or (precision == "auto" and hardware.bf16)
         self.workers = default_workers(hardware)

@@ -22,7 +22,8 @@ from lomar.data.shards import Index, damaged, is_finished, is_unfinished, read_i
 from lomar.data.sources import ImageSource, open_source
 from lomar.errors import UserError
 from lomar.options import PrepareOptions, converted, fields_of, flag
-from lomar.training.loop import BadFiles, StopRequest
+from lomar.training.bad_files import BadFiles
+from lomar.training.signals import StopRequest
 
 _SETTINGS = ("short_side", "encoding", "quality")  # that the index keeps
 _PLANNED = ("data", *_SETTINGS, "shard_mb")  # that change what is written
@@ -60,7 +61,9 @@ def command(given: Mapping[str, Any]) -> int:
         sys.stdout.write(f"{out} is finished: {len(index.ends)} images\n")
         return 0
     try:
-        return _resume(out, asked) if asked.get("resume") else _begin(out, asked)
+        # One command line serves a job that is started again and again.
+        resume = asked.get("resume") and (is_unfinished(out) or "data" not in asked)
+        return _resume(out, asked) if resume else _begin(out, asked)
     except OSError as error:
         goes_on = "; --resume goes on when it can" if is_unfinished(out) else ""
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}{goes_on}") from error
@@ -173,7 +176,7 @@ def _inside_one_folder(source: ImageSource) -> list[bytes]:
 def _write(writer: ShardWriter, options: PrepareOptions, listing: _Listing) -> int:
     """All images that are missing, and the index; returns the exit status."""
     source, out, first = listing.source, Path(options.out), writer.done
-    cores = find_hardware("cpu", 1).cores
+    cores = find_hardware("cpu").cores
     workers = (cores if cores > 1 else 0) if options.workers is None else options.workers
     goes_on = f", from {first} on" if first else ""
     twice = f" ({listing.left_out} listed twice)" if listing.left_out else ""

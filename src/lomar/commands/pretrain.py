@@ -8,7 +8,7 @@ import torch
 from lightning_fabric import Fabric
 
 from lomar.commands.evaluation import Evaluation, evaluation_data
-from lomar.commands.runs import CONFIG_FILE, begin, disband, make_fabric, raise_unless_done
+from lomar.commands.runs import CONFIG_FILE, begun, goes_on, raise_unless_done
 from lomar.commands.settling import TOKENIZER_FILE, Settled, asked_for_pretraining, settle, settle_again
 from lomar.data.labels import LabelledData
 from lomar.data.loader import CropPlan, MicroBatch, pretraining_batches
@@ -20,16 +20,19 @@ from lomar.interop.tokenizers import save_tokenizer
 from lomar.interop.weights import ENCODER_FILE, RECONSTRUCTOR_FILE, save_encoder, save_reconstructor
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.options import PretrainOptions, converted
-from lomar.training.loop import CHECKPOINT, Course, StopRequest, Trainer
+from lomar.training.checkpoint import FOLDER, Checkpoints
+from lomar.training.loop import Course, Trainer
 from lomar.training.optim import Schedule, adamw
-from lomar.training.records import Display, Metrics, close_log
+from lomar.training.processes import make_fabric
+from lomar.training.records import Display, Metrics
+from lomar.training.signals import StopRequest
 
 # Everything a run may hold; --overwrite deletes these and nothing else.
 RUN_FILES = (
     CONFIG_FILE,
     TOKENIZER_FILE,
     "metrics.jsonl",
-    "checkpoints",
+    FOLDER,
     ENCODER_FILE,
     RECONSTRUCTOR_FILE,
     "figures",
@@ -63,7 +66,7 @@ def command(given: Mapping[str, Any]) -> int:
     if "out" not in asked:
         raise UserError("--out is missing: the folder in which to make the run")
     run = Path(asked["out"])
-    resume = bool(asked.get("resume"))
+    resume = goes_on(run, asked)
     settled = settle_again(asked, run) if resume else settle(asked, run, typed=given)
     options, notes = settled.options, settled.notes
     labelled = None
@@ -71,21 +74,21 @@ def command(given: Mapping[str, Any]) -> int:
         labelled = evaluation_data(options, settled.fmt, settled.hardware.device)
         if labelled is None:
             notes.append(f"--eval-data {options.eval_data} has no two classes: effective rank instead of k-NN")
-    fabric = make_fabric(settled.hardware.device, options.precision)
+    fabric = make_fabric(settled.hardware.device, options.precision, options.strategy)
     torch.manual_seed(options.seed)
     method = settled.build()
-    if options.init and not (run / CHECKPOINT).exists():  # a run killed before its first one begins with them again
+    if (
+        options.init and not Checkpoints(run / FOLDER).steps()
+    ):  # a run killed before its first one begins with them again
         notes += initialise(method, options.init)
-    begin(fabric, run, options, RUN_FILES, resume, lambda: _keep_tokenizer(run, settled))
-    try:
-        with Display(options.log_every, enabled=fabric.is_global_zero) as display, StopRequest() as stop:
-            for note in notes:
-                display.say(note)
-            status = _train(fabric, run, settled, method, labelled, display, stop)
-        disband(fabric)
-        return status
-    finally:
-        close_log()
+    with (
+        begun(fabric, run, options, RUN_FILES, resume, lambda: _keep_tokenizer(run, settled)),
+        Display(options.log_every, enabled=fabric.is_global_zero) as display,
+        StopRequest() as stop,
+    ):
+        for note in notes:
+            display.say(note)
+        return _train(fabric, run, settled, method, labelled, display, stop)
 
 
 def _train(
@@ -98,6 +101,7 @@ def _train(
     stop: StopRequest,
 ) -> int:
     options, composition = settled.options, settled.composition
+    micro_batch = fabric.broadcast(options.micro_batch)  # alike in all processes, whatever memory each has found
     course = _course(options, settled.source)
 
     def batches(first_step: int) -> Generator[MicroBatch, None, None]:
@@ -110,7 +114,7 @@ def _train(
             view_size=method.views.size,
             seed=options.seed,
             batch_size=options.batch_size,
-            micro_batch=options.micro_batch,
+            micro_batch=micro_batch,
             first_batch=first_step,
             total_batches=course.total_steps,
             workers=options.workers,

@@ -16,15 +16,16 @@ from lomar.commands.probe_cache import Cached, StoppedError, cache_plan, cached_
 from lomar.commands.probe_learning import Learner, MaeProbe, SweepProbe
 from lomar.commands.probe_results import HEAD_FILE, RESULT_FILE, finish_mae, finish_sweep
 from lomar.commands.probe_settling import SettledProbe, asked_for_probe, settle, settle_again
-from lomar.commands.runs import CONFIG_FILE, begin, make_fabric
+from lomar.commands.runs import CONFIG_FILE, begun, goes_on
 from lomar.downstream.embedding import partial_of
 from lomar.downstream.embedding_writer import discard
 from lomar.downstream.probe import Columns, head_inputs, parts_of
 from lomar.errors import TrainingError, UserError
-from lomar.training.checkpoint import load_checkpoint, save_checkpoint
-from lomar.training.loop import CHECKPOINT, StopRequest
+from lomar.training.checkpoint import FOLDER, Checkpoints
 from lomar.training.optim import Schedule
-from lomar.training.records import LOG_FILE, Display, Metrics, Row, close_log
+from lomar.training.processes import make_fabric
+from lomar.training.records import LOG_FILE, Display, Metrics, Row
+from lomar.training.signals import StopRequest
 
 METRICS_FILE = "metrics.jsonl"
 CACHES = {part: f"features-{part}.safetensors" for part in ("fit", "held", "val")}
@@ -32,7 +33,7 @@ CACHES = {part: f"features-{part}.safetensors" for part in ("fit", "held", "val"
 PROBE_FILES = (
     CONFIG_FILE,
     METRICS_FILE,
-    str(CHECKPOINT.parent),
+    FOLDER,
     *CACHES.values(),
     *(partial_of(Path(name)).name for name in CACHES.values()),
     HEAD_FILE,
@@ -48,25 +49,25 @@ def command(given: Mapping[str, Any]) -> int:
     """Run `lomar probe` with the options that were given; returns the exit status."""
     asked = asked_for_probe(given)
     folder = Path(asked["out"])
-    resume = bool(asked.get("resume"))
+    resume = goes_on(folder, asked)
     finished = (folder / RESULT_FILE).exists()
     settled = (settle_again if resume else settle)(asked, folder)
     fabric = make_fabric(settled.encoder.hardware.device, "fp32")
-    begin(fabric, folder, settled.options, PROBE_FILES, resume, lambda: None)
-    try:
-        with Display(settled.options.log_every) as display, StopRequest() as stop:
-            if resume and finished:
-                _clear(folder)
-                display.say(f"the probe in {folder} is finished; its numbers are in {folder / RESULT_FILE}")
-                return 0
-            for note in settled.notes:
-                display.say(note)
-            probe = _Probe(settled, folder, display, stop)
-            if not probe.run():
-                display.say(f"stopped {probe.where}; go on with: lomar probe --out {folder} --resume")
-                return 128 + stop.signal_number
-    finally:
-        close_log()
+    with (
+        begun(fabric, folder, settled.options, PROBE_FILES, resume, lambda: None),
+        Display(settled.options.log_every) as display,
+        StopRequest() as stop,
+    ):
+        if resume and finished:
+            _clear(folder)
+            display.say(f"the probe in {folder} is finished; its numbers are in {folder / RESULT_FILE}")
+            return 0
+        for note in settled.notes:
+            display.say(note)
+        probe = _Probe(settled, folder, display, stop)
+        if not probe.run():
+            display.say(f"stopped {probe.where}; go on with: lomar probe --out {folder} --resume")
+            return 128 + stop.signal_number
     return 0
 
 
@@ -77,6 +78,7 @@ class _Probe:
         self.settled, self.options, self.folder = settled, settled.options, folder
         self.display, self.stop = display, stop
         self.metrics = Metrics(folder / METRICS_FILE)
+        self.checkpoints = Checkpoints(folder / FOLDER)
         layers = self.options.layers
         assert layers is not None  # settled
         self.inputs = head_inputs(self.options.features, layers)
@@ -124,8 +126,8 @@ class _Probe:
         Args:
             width: numbers of an image that are kept.
         """
-        path = self.folder / CHECKPOINT
-        if not path.exists():
+        found = self.checkpoints.load(self.display.say)
+        if found is None:
             for name in CACHES.values():  # of a probe that was killed before its first checkpoint
                 (self.folder / name).unlink(missing_ok=True)
                 discard(self.folder / name)
@@ -134,7 +136,7 @@ class _Probe:
             self._dtype = number_type(sum(map(len, self._kept().values())), width, _free_bytes())
             self._save()
             return
-        state = load_checkpoint(path)
+        _, state = found
         if state.get("fingerprint") != self._fingerprint:
             raise UserError(
                 f"the encoder's weights, the names of the images or their labels are not those that {self.folder} "
@@ -149,7 +151,9 @@ class _Probe:
         Metrics.cut(self.metrics.path, after_step=self.step)
 
     def _other_checkpoint(self) -> UserError:
-        return UserError(f"{self.folder / CHECKPOINT} does not fit this probe; start anew with --overwrite")
+        return UserError(
+            f"the checkpoints in {self.checkpoints.folder} do not fit this probe; start anew with --overwrite"
+        )
 
     def _kept(self) -> dict[str, Part]:
         """Images whose features are made once: of the sweep, all; of MAE's probe, those that judge."""
@@ -257,10 +261,7 @@ class _Probe:
             "bad": sorted(self.bad),
         }
         with self._writing():
-            try:
-                save_checkpoint(self.folder / CHECKPOINT, state | (learner.state() if learner else {}))
-            except RuntimeError as error:  # so torch's own writer tells of a full disk
-                raise OSError("the checkpoint is not whole, as when the disk is full") from error
+            self.checkpoints.save(self.step, state | (learner.state() if learner else {}))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -282,12 +283,12 @@ class _Probe:
 
 def _free_bytes() -> int:
     """Memory of the processor, where features are kept."""
-    return find_hardware("cpu", 1).memory_bytes
+    return find_hardware("cpu").memory_bytes
 
 
 def _clear(folder: Path) -> None:
     """Remove what only an unfinished probe needs."""
-    shutil.rmtree(folder / CHECKPOINT.parent, ignore_errors=True)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
     for name in CACHES.values():
         (folder / name).unlink(missing_ok=True)
         discard(folder / name)

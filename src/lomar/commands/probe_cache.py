@@ -15,7 +15,7 @@ from lomar.downstream.embedding import begun, read_embedding
 from lomar.downstream.embedding_writer import EmbeddingWriter, Plan, check_finished
 from lomar.downstream.features import Wanted
 from lomar.errors import UserError
-from lomar.training.loop import StopRequest
+from lomar.training.signals import StopRequest
 
 IMAGES_AT_ONCE = 64
 

@@ -17,8 +17,8 @@ from lomar.data.labels import SPLIT_SEED, Labelled, LabelledData, held_out, labe
 from lomar.downstream.features import has_cls, has_cls_of_layers, layer_count
 from lomar.downstream.probe import SWEEP_LRS
 from lomar.errors import UserError
+from lomar.launch import launched
 from lomar.options import ProbeOptions, flag
-from lomar.training.loop import process_count
 
 HELD_SHARE = 0.1  # of the images to train on, by which the sweep's head is chosen
 LAYERS = 4  # that the sweep probes, the last ones
@@ -74,7 +74,7 @@ def asked_for_probe(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "out" not in given:
         raise UserError("--out is missing: the folder in which to make the probe")
-    if process_count() > 1:
+    if launched().count > 1:
         raise UserError("a probe trains in one process; start it without torchrun")
     asked = asked_for(given, ProbeOptions, ("data", "val", "model"))
     return {name: value for name, value in asked.items() if value != "auto"}

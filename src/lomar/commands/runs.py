@@ -1,16 +1,14 @@
 """The folder of a run: how it is begun, what is kept of it, what may change when it is resumed."""
 
-import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning_fabric import Fabric
 
@@ -19,7 +17,8 @@ from lomar.commands.automatic import Choice, Hardware, micro_batch
 from lomar.data.sources import is_there
 from lomar.data.survey import Survey
 from lomar.errors import UserError
-from lomar.files import write_atomically
+from lomar.files import LOCK_FILE, only_writer, write_atomically
+from lomar.launch import launched
 from lomar.model.attention import as_fused
 from lomar.options import (
     AUTO,
@@ -31,8 +30,8 @@ from lomar.options import (
     flag,
     read_config,
 )
-from lomar.training.loop import process_count
-from lomar.training.records import open_log
+from lomar.training.processes import first_alone, together
+from lomar.training.records import close_log, open_log
 
 CONFIG_FILE = "config.yaml"
 # Commands that make a folder with a configuration.
@@ -77,6 +76,36 @@ def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]
     return {key: value for key, value in lower.items() if key not in rivals} | dict(upper)
 
 
+def check_processes(batch_size: int, strategy: str) -> None:
+    """Refuse a batch that the processes cannot share.
+
+    Raises:
+        UserError: they are too many, or shares must be alike and are not.
+    """
+    count = launched().count
+    if batch_size < count:
+        raise UserError(f"--batch-size {batch_size} is smaller than the {count} processes")
+    if strategy == "fsdp" and batch_size % count:
+        near = max(count, round(batch_size / count) * count)
+        raise UserError(
+            f"--batch-size {batch_size} gives {count} processes unlike shares, which --strategy fsdp cannot have; "
+            f"{near} would be alike"
+        )
+
+
+def goes_on(run: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether --resume goes on with a run; where there is none, and --data says of what, it begins one.
+
+    So one command line serves a job that is started again and again.
+
+    Raises:
+        UserError: it is also asked to delete the run.
+    """
+    if asked.get("resume") and asked.get("overwrite"):
+        raise UserError("--resume and --overwrite are both given; give one")
+    return bool(asked.get("resume")) and (holds_run(run) or "data" not in asked)
+
+
 def holds_run(run: Path) -> bool:
     """Whether a folder holds a run, or what is left of one."""
     return any((run / name).exists() for name in (CONFIG_FILE, "metrics.jsonl", "checkpoints"))
@@ -95,7 +124,7 @@ def check_kind(run: Path, options: type) -> None:
     file = run / CONFIG_FILE
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return  # what is wrong with it is said where it is read
     foreign = set(map(str, loaded)) - set(fields_of(options)) if isinstance(loaded, dict) else set()
     for command, others in _RUNS.items():
@@ -121,8 +150,6 @@ def stored(run: Path, asked: Mapping[str, Any], options: type) -> dict[str, Any]
     Raises:
         UserError: there is no run, its configuration is not whole, or another result is asked for.
     """
-    if asked.get("overwrite"):
-        raise UserError("--resume and --overwrite are both given; give one")
     file = run / CONFIG_FILE
     if not file.exists():
         raise UserError(f"--out {run} holds no run to resume: there is no {CONFIG_FILE} in it")
@@ -157,36 +184,14 @@ def raise_unless_done(status: int) -> None:
         raise SystemExit(status)
 
 
-def make_fabric(device: str, precision: str) -> Fabric:
-    """Devices, precision and the processes that torchrun started."""
-    processes = process_count()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces what the run announces itself
-    fabric = Fabric(
-        accelerator=device,
-        devices=local,
-        num_nodes=max(1, processes // local),
-        strategy="ddp" if processes > 1 else "auto",
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-    )
-    fabric.launch()
-    return fabric
-
-
-def disband(fabric: Fabric) -> None:
-    """End the processes' connection, once all are done: threads of it that outlive a process would abort it."""
-    fabric.barrier()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def begin(
+@contextmanager
+def begun(
     fabric: Fabric, run: Path, options: Any, files: tuple[str, ...], resume: bool, prepare: Callable[[], object]
-) -> None:
-    """Make the run's folder and open its log; from here on the run exists.
+) -> Iterator[None]:
+    """The run's folder, made or gone on with, and its log, while no other process writes there.
 
     Args:
-        fabric: the first process does it, the others wait.
+        fabric: the first process does it, the others wait; when all is done their connection ends.
         run: the folder.
         options: all settled.
         files: everything such a run may hold; --overwrite deletes these and nothing else.
@@ -194,23 +199,30 @@ def begin(
         prepare: writes what belongs to the run from its beginning, into the folder.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or another process writes it.
     """
-    fabric.barrier()
-    if fabric.is_global_zero:
+    with ExitStack() as held, together(fabric):
+
+        def make() -> None:
+            try:
+                held.enter_context(only_writer(run / LOCK_FILE, f"--out {run}"))
+                if not resume:
+                    check_new(run, vars(options))  # again, now that nobody else can begin one
+                    # The configuration goes last and comes first: a folder with anything in it is known as a run.
+                    for name in reversed(files) if options.overwrite and holds_run(run) else ():
+                        _delete(run / name)
+                    prepare()
+                    _write_config(run, options)
+                log = open_log(run)
+            except OSError as error:
+                raise UserError(f"--out {run} cannot be written: {error.strerror}") from error
+            log.info("lomar %s, options in %s", __version__, run / CONFIG_FILE)
+
         try:
-            if not resume:
-                # The configuration goes last and comes first, so that a folder with anything in it is known as a run.
-                for name in reversed(files) if options.overwrite and holds_run(run) else ():
-                    _delete(run / name)
-                run.mkdir(parents=True, exist_ok=True)
-                prepare()
-                _write_config(run, options)
-            log = open_log(run)
-        except OSError as error:
-            raise UserError(f"--out {run} cannot be written: {error.strerror}") from error
-        log.info("lomar %s, options in %s", __version__, run / CONFIG_FILE)
-    fabric.barrier()
+            first_alone(fabric, make)
+            yield
+        finally:
+            close_log()
 
 
 def _delete(path: Path) -> None:
@@ -244,7 +256,7 @@ def fitting_micro_batch(
         hardware: where the run computes.
         again: count of images -> bytes of what the backward pass works out again at a time.
     """
-    share = -(-batch_size // process_count())
+    share = -(-batch_size // launched().count)
     with as_fused() if hardware.device == "cuda" else nullcontext():
         an_image = sum(each(2) - each(1) for each in (kept, again) if each)
     # Weight, gradient and two moments in float32.

@@ -17,6 +17,7 @@ from lomar.commands.runs import (
     asked_for,
     check_kind,
     check_new,
+    check_processes,
     fitting_micro_batch,
     kept_by_a_block,
     merged,
@@ -46,10 +47,11 @@ from lomar.methods.targets import TARGETS, VisualTokens
 from lomar.methods.tokenizer import STRIDE, DiscreteVAE
 from lomar.model.encoder import SIZES, size_of
 from lomar.options import PretrainOptions, fields_of, flag, read_config, suggestion
-from lomar.training.loop import process_count
+from lomar.options.pretraining import MOST_DEPTH, MOST_WIDTH
 from lomar.training.memory import saved_bytes
 
 TOKENIZER_FILE = "tokenizer.safetensors"  # the run's own copy
+TRAINED_BYTES = 16  # of a weight in float32, its gradient and two moments
 WARMUP_SHARE = 0.025  # of the run: 40 of 1600 epochs, 20 of 800, 10 of 400 (section 6.1)
 
 
@@ -138,7 +140,7 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
     _check_meant(asked, typed)
     if "model" in asked:
         _size(asked["model"])
-    hardware = find_hardware(asked.get("device", "auto"), process_count())
+    hardware = find_hardware(asked.get("device", "auto"))
     check_compile(asked, hardware)
     tokenizer = _tokenizer(asked)
     initial = initial_options(asked["init"]) if "init" in asked else {}
@@ -165,7 +167,14 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
     settled = Settled(PretrainOptions(**values), source, hardware, tokenizer)
     _check_parts(settled)
     if "micro_batch" not in asked:
-        choices["micro_batch"] = _micro_batch(settled)
+        try:
+            choices["micro_batch"] = _micro_batch(settled)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch's words
+                raise
+            raise UserError(
+                "one image takes more memory than is free; take a smaller --model, --window-size or grid of patches"
+            ) from None
         settled.options = PretrainOptions(**values | {"micro_batch": choices["micro_batch"].value})
     settled.notes = notes_on(found, choices, settled.options.image_size)
     return settled
@@ -231,7 +240,7 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     tokenizer = load_tokenizer(run / TOKENIZER_FILE) if options.target == "tokens" else None
     check_fit(asdict(options), tokenizer)
     check_per_channel(asdict(options), "mean", "std")
-    hardware = find_hardware(options.device, process_count())
+    hardware = find_hardware(options.device)
     check_compile(values, hardware)
     settled = Settled(options, open_source(options.data), hardware, tokenizer)
     _check_parts(settled)
@@ -240,9 +249,12 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
 
 def _size(model: str) -> tuple[int, int, int]:
     try:
-        return size_of(model)
+        width, depth, heads = size_of(model)
     except ValueError as error:
         raise UserError(f"--model {error}{suggestion(model, list(SIZES))}") from None
+    if width > MOST_WIDTH or depth > MOST_DEPTH:
+        raise UserError(f"--model is {model}; it can be at most {MOST_WIDTH} wide and {MOST_DEPTH} blocks deep")
+    return width, depth, heads
 
 
 def _check_target(name: str) -> None:
@@ -300,8 +312,7 @@ def check_fit(values: Mapping[str, Any], tokenizer: DiscreteVAE | None) -> None:
     low, high = values["crop_scale"]
     if low > high:
         raise UserError(f"--crop-scale is {low} {high}; the smaller share comes first")
-    if values["batch_size"] < process_count():
-        raise UserError(f"--batch-size {values['batch_size']} is smaller than the {process_count()} processes")
+    check_processes(values["batch_size"], values.get("strategy", "ddp"))
 
 
 def _check_tokenizer(tokenizer: DiscreteVAE, channels: int, pixel_type: str) -> None:
@@ -356,9 +367,16 @@ def _check_parts(settled: Settled) -> None:
     """Put the method together without its memory: what the checks before do not know, the parts themselves refuse."""
     try:
         with torch.device("meta"):
-            settled.composition.build()
-    except ValueError as error:
-        raise UserError(f"these options do not make a method: {error}") from None
+            method = settled.composition.build()
+    except (ValueError, RuntimeError) as error:  # torch's own where sizes overflow
+        raise UserError(f"these options do not make a method: {' '.join(str(error).split())[:300]}") from None
+    weights = sum(tensor.numel() for tensor in (*method.parameters(), *method.buffers()))
+    needed, there = TRAINED_BYTES * weights, settled.hardware.memory_bytes
+    if needed > there and settled.options.strategy != "fsdp":
+        raise UserError(
+            f"these options make a method of {weights:,} weights; to train it takes {needed / 1e9:.1f} GB, and "
+            f"{there / 1e9:.1f} GB of memory are free: take a smaller --model, or a smaller grid of patches"
+        )
 
 
 def check_per_channel(values: Mapping[str, Any], *names: str) -> None:

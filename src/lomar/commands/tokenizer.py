@@ -1,6 +1,7 @@
 """`lomar tokenizer train`: a folder of images -> a tokenizer of their own, where DALL-E's is missing or no use."""
 
 import math
+import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
@@ -20,15 +21,17 @@ from lomar.data.survey import spread
 from lomar.errors import TrainingError, UserError
 from lomar.figures.png import save_png
 from lomar.figures.tokens import tokens_figure
+from lomar.files import only_writer
 from lomar.interop.tokenizers import save_tokenizer
+from lomar.launch import launched
 from lomar.methods.tokenizer import STRIDE, DiscreteVAE
 from lomar.methods.tokenizer_loss import losses, prepare, temperature, usage_of
 from lomar.methods.views import local_windows
 from lomar.seeding import seeded
-from lomar.training.checkpoint import save_checkpoint
-from lomar.training.loop import StopRequest, process_count
+from lomar.training.checkpoint import Checkpoints
 from lomar.training.optim import Schedule, adamw
 from lomar.training.records import Display, Metrics, Row
+from lomar.training.signals import StopRequest
 
 CROP_SCALE = (0.2, 1.0)
 WARMUP_SHARE = 0.05  # of the run
@@ -43,7 +46,7 @@ DRAWN_IMAGES = 8
 def command(given: Mapping[str, Any]) -> int:
     """Run `lomar tokenizer train` with the options that were given; returns the exit status."""
     asked = {name: value for name, value in given.items() if value != "auto"}
-    if process_count() > 1:
+    if launched().count > 1:
         raise UserError("a tokenizer trains in one process; start it without torchrun")
     files = files_of(asked)
     resume = bool(asked.get("resume"))
@@ -53,16 +56,28 @@ def command(given: Mapping[str, Any]) -> int:
         Display(1).say(f"{files.tokenizer} is finished")
         return 0
     settled = (settle_again if resume else settle)(asked, files)
-    with Display(settled.options.log_every) as display, StopRequest() as stop:
-        for note in settled.notes:
-            display.say(note)
-        training = _Training(settled, files, display)
-        training.begin()
-        if not training.run(stop):
-            go_on = f"lomar tokenizer train --out {files.tokenizer} --resume"
-            display.say(f"stopped after step {training.step}; go on with: {go_on}")
-            return 128 + stop.signal_number
-        training.finish()
+    try:
+        with (
+            only_writer(files.lock, f"--out {files.tokenizer}"),
+            Display(settled.options.log_every) as display,
+            StopRequest() as stop,
+        ):
+            return _train(settled, files, display, stop)
+    except OSError as error:
+        goes_on = "; --resume goes on when it can" if Checkpoints(files.partial).steps() else ""
+        raise UserError(f"--out {files.tokenizer} cannot be written: {error.strerror or error}{goes_on}") from error
+
+
+def _train(settled: SettledTokenizer, files: Files, display: Display, stop: StopRequest) -> int:
+    for note in settled.notes:
+        display.say(note)
+    training = _Training(settled, files, display)
+    training.begin()
+    if not training.run(stop):
+        go_on = f"lomar tokenizer train --out {files.tokenizer} --resume"
+        display.say(f"stopped after step {training.step}; go on with: {go_on}")
+        return 128 + stop.signal_number
+    training.finish()
     return 0
 
 
@@ -74,7 +89,7 @@ class _Training:
         self.options, self.source, self.checkpoint = options, settled.source, settled.checkpoint
         self.files, self.display = files, display
         self.fmt = PixelFormat(options.channels, options.pixel_type)
-        self.device = torch.device(find_hardware(options.device, 1).device)
+        self.device = torch.device(find_hardware(options.device).device)
         torch.manual_seed(options.seed)
         self.dvae = DiscreteVAE.build(
             channels=options.channels,
@@ -102,17 +117,21 @@ class _Training:
         """Go back to the checkpoint, or clear the way; from here on something is in --out.
 
         Raises:
-            UserError: the checkpoint does not fit, or --out cannot be written.
+            UserError: the checkpoint does not fit.
+            OSError: --out cannot be written.
         """
         if self.checkpoint:
             self._restore(self.checkpoint)
             return
-        try:
-            for path in self.files.all():
-                path.unlink(missing_ok=True)
-            self.save()
-        except OSError as error:
-            raise UserError(f"--out {self.files.tokenizer} cannot be written: {error.strerror}") from error
+        self._clear()
+        for path in self.files.all():
+            path.unlink(missing_ok=True)
+        self.save()
+
+    def _clear(self) -> None:
+        """Remove the checkpoints."""
+        if self.files.partial.is_dir():
+            shutil.rmtree(self.files.partial)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         try:
@@ -136,7 +155,7 @@ class _Training:
             "elapsed_s": self.elapsed_s,
             "evaluated": self.evaluated,
         }
-        save_checkpoint(self.files.partial, state)
+        Checkpoints(self.files.partial).save(self.step, state)
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the end, or until `stop` asks; True when finished.
@@ -273,7 +292,7 @@ class _Training:
         picture = tokens_figure(self.dvae.unit(pixels).cpu().numpy(), decoded.cpu().numpy(), caption)
         save_png(picture, self.files.picture)
         save_tokenizer(self.files.tokenizer, self.dvae)
-        self.files.partial.unlink()
+        self._clear()
         self.display.say(
             f"the tokenizer is in {self.files.tokenizer}, what it keeps in {self.files.picture}; to use it:\n"
             f"    lomar pretrain --method beit --tokenizer {self.files.tokenizer} --data {self.options.data} --out run"

@@ -18,7 +18,7 @@ from lomar.data.survey import Survey, spread, survey
 from lomar.errors import UserError
 from lomar.methods.tokenizer import STRIDE
 from lomar.options import TokenizerOptions, fields_of, flag
-from lomar.training.checkpoint import load_checkpoint
+from lomar.training.checkpoint import Checkpoints
 
 SUFFIX = ".safetensors"
 RANGE_IMAGES = 256  # from which black and white are estimated
@@ -27,7 +27,7 @@ DARKEST, BRIGHTEST = 0.1, 99.9  # percentiles; what lies beyond is clamped
 
 @dataclass(frozen=True)
 class Files:
-    """What is written: the tokenizer, and beside it its metrics, its picture and, until it is done, a checkpoint."""
+    """What is written: the tokenizer, and beside it its metrics, its picture and, until it is done, checkpoints."""
 
     tokenizer: Path
 
@@ -42,6 +42,10 @@ class Files:
     @property
     def partial(self) -> Path:
         return self.tokenizer.with_name(f"{self.tokenizer.name}.partial")
+
+    @property
+    def lock(self) -> Path:
+        return self.tokenizer.with_name(f".{self.tokenizer.name}.lock")
 
     def all(self) -> tuple[Path, ...]:
         return self.tokenizer, self.partial, self.metrics, self.picture
@@ -98,7 +102,7 @@ def settle(asked: Mapping[str, Any], files: Files) -> SettledTokenizer:
     asked = dict(asked)
     if asked["data"] != "sample":  # the run may be resumed from another folder
         asked["data"] = os.path.abspath(asked["data"])  # noqa: PTH100 (links stay as they are)
-    hardware = find_hardware(asked.get("device", "auto"), 1)
+    hardware = find_hardware(asked.get("device", "auto"))
     source = open_source(asked["data"])
     share = asked.get("max_bad_share", fields_of(TokenizerOptions)["max_bad_share"].default)
     found = survey(source, max_bad_share=share, channels=asked.get("channels"))
@@ -121,9 +125,11 @@ def settle_again(asked: Mapping[str, Any], files: Files) -> SettledTokenizer:
         UserError: nothing was begun, its checkpoint is not whole, other images are there, or another result is asked
             for.
     """
-    if not files.partial.exists():
-        raise UserError(f"--out: there is nothing to resume, no {files.partial}")
-    checkpoint = load_checkpoint(files.partial)
+    notes: list[str] = []
+    found = Checkpoints(files.partial).load(notes.append)
+    if found is None:
+        raise UserError(f"--out: there is nothing to resume in {files.partial}")
+    _, checkpoint = found
     stored = checkpoint.get("options", {})
     fields = fields_of(TokenizerOptions)
     for name, value in asked.items():
@@ -136,14 +142,14 @@ def settle_again(asked: Mapping[str, Any], files: Files) -> SettledTokenizer:
     if any(field.default is MISSING and name not in values for name, field in fields.items()):
         raise UserError(f"{files.partial} is not what lomar tokenizer train leaves behind")
     options = TokenizerOptions(**values)
-    find_hardware(options.device, 1)
+    find_hardware(options.device)
     source = open_source(options.data)
     if checkpoint.get("fingerprint") != source.fingerprint():
         raise UserError(
             f"the images are not those that {files.partial} began with: files were added, removed or renamed; "
             "bring them back, or start anew"
         )
-    return SettledTokenizer(options, source, checkpoint=checkpoint)
+    return SettledTokenizer(options, source, notes, checkpoint)
 
 
 def choose(given: Mapping[str, Any], found: Survey, hw: Hardware) -> dict[str, Choice]:

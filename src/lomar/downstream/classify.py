@@ -215,6 +215,17 @@ class Judgement:
         return found
 
 
+def joined_judgement(parts: Sequence[Judgement | None]) -> Judgement | None:
+    """The judgement of all images from those of some each; None where no image could be read."""
+    some = [part for part in parts if part is not None]
+    if not some:
+        return None
+    names = ("labels", "predicted", "in_top", "losses")
+    labels, predicted, in_top, losses = (np.concatenate([getattr(part, name) for part in some]) for name in names)
+    unreadable = sum(part.unreadable for part in some)
+    return Judgement(labels, predicted, in_top, losses, some[0].classes, unreadable)
+
+
 def judge(answers: Iterable[tuple[Tensor, Tensor]], labels: np.ndarray, classes: int) -> Judgement | None:
     """How good the answers of `probabilities` are; None if no image could be read.
 

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
-from lomar.options.fields import AUTO, LARGEST_SEED, MOST_WORKERS, option
+from lomar.options.fields import ANY_IMAGES, AUTO, LARGEST_SEED, MOST_WORKERS, option
 
 ANY_MODEL = (
     "a run's folder, a file of its weights, a released checkpoint, or what timm.create_model takes: a name such as "
     "vit_small_patch16_224, hf-hub:REPO, local-dir:FOLDER; scratch:SIZE or scratch:NAME has random weights"
 )
-LABELLED = "labelled images: train/ and val/ of class folders, class folders alone, or a .csv of path,label"
+LABELLED = (
+    "labelled images: train/ and val/ of class folders, class folders alone, both also in tar files or at an address "
+    "(docs/shards.md), or a .csv of path,label"
+)
 IMAGE_SIZE = "side of the image, or height and width, in pixels"
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -29,7 +32,11 @@ class FinetuneOptions:
     )
     out: str = option("folder of the run, made here", metavar="RUN2", results=False)
     config: str | None = option("YAML file of options; flags win over it", default=None, metavar="FILE", results=False)
-    resume: bool = option("go on with the run in --out; needs no other option", default=False, results=False)
+    resume: bool = option(
+        "go on with the run in --out, with no other option; begin it if there is none and --data is given",
+        default=False,
+        results=False,
+    )
     overwrite: bool = option("delete the run in --out and start anew", default=False, results=False)
     # The model
     image_size: tuple[int, ...] = option(IMAGE_SIZE, auto="the encoder's", low=1, metavar="PX")
@@ -87,6 +94,13 @@ class FinetuneOptions:
     micro_batch: int = option("images per forward pass of a device", auto=AUTO, low=1, metavar="N", results=False)
     grad_checkpointing: bool = option(
         "work out each block again in the backward pass: less memory, a third more time", default=False, results=False
+    )
+    strategy: str = option(
+        "of several processes: ddp, each with all weights, or fsdp, weights spread over them",
+        default="ddp",
+        choices=("ddp", "fsdp"),
+        metavar="NAME",
+        results=False,
     )
     compile: str = option(
         "whether the training step is compiled by torch.compile",
@@ -250,7 +264,7 @@ class EmbedOptions:
     """Write the features of every image of a folder into one file."""
 
     model: str = option(ANY_MODEL, metavar="MODEL")
-    data: str = option("folder of images, .txt file of paths, or 'sample'", metavar="DIR")
+    data: str = option(ANY_IMAGES, metavar="DIR")
     out: str = option("file to write: .safetensors or .npz", metavar="FILE")
     features: str = option(
         "a vector an image: as the model pools, the cls token, or the mean of the patch tokens; or a vector a patch",

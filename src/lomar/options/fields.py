@@ -1,6 +1,7 @@
 """What an option is, and how text, YAML or Python becomes its value."""
 
 import dataclasses
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +15,11 @@ import yaml
 from lomar.errors import UserError
 
 AUTO = "chosen from the data and the hardware"
+ANY_IMAGES = (
+    "folder of images, .txt file of paths, tar files here or at an address (docs/shards.md), hf:NAME, "
+    "torchvision:NAME, or 'sample'"
+)
+_ABSURD = 10_000  # an upper bound from here on is told to those alone who are above it
 LARGEST_SEED = 2**32 - 1  # every generator takes it
 MOST_WORKERS = 256  # more is a slip of the finger, which would take all memory before anything is read
 
@@ -112,7 +118,7 @@ def kind_of(hint: Any) -> tuple[Any, bool]:
 
 def _scalar(kind: type, name: str, raw: Any, metadata: Mapping[str, Any]) -> Any:
     described = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
-    wrong = UserError(f"{flag(name)} is {raw!r}; it must be {described}{_range_text(metadata)}")
+    wrong = UserError(f"{flag(name)} is {_shown(raw)}; it must be {described}{_range_text(metadata)}")
     if kind is bool or isinstance(raw, bool):
         if kind is not bool or not isinstance(raw, bool):
             raise wrong
@@ -123,7 +129,7 @@ def _scalar(kind: type, name: str, raw: Any, metadata: Mapping[str, Any]) -> Any
         value: Any = str(raw)
         if metadata["choices"] and value not in metadata["choices"]:
             known = list(metadata["choices"])
-            raise UserError(f"{flag(name)} is {value!r}; it can be {', '.join(known)}{suggestion(value, known)}")
+            raise UserError(f"{flag(name)} is {_shown(value)}; it can be {', '.join(known)}{suggestion(value, known)}")
         return value
     try:
         value = kind(raw)
@@ -141,13 +147,29 @@ def _scalar(kind: type, name: str, raw: Any, metadata: Mapping[str, Any]) -> Any
         and (below is None or value < below)
     )
     if not inside:
+        if high is not None and _ABSURD <= high < value < float("inf"):
+            raise UserError(f"{flag(name)} is {_shown(raw)}; it must be {described}, at most {high:,.0f}")
         raise wrong
     return value
 
 
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is very long: YAML's references can nest a few lines without end."""
+    cut = reprlib.Repr()
+    cut.maxstring = cut.maxother = cut.maxlong = 200
+    cut.maxlevel = 2
+    try:
+        return cut.repr(value)
+    except ValueError:  # of whole numbers with thousands of digits
+        return "a very large number"
+
+
 def _range_text(metadata: Mapping[str, Any]) -> str:
     words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-    parts = [f"{word} {metadata[key]}" for key, word in words.items() if metadata[key] is not None]
+    known = {key: metadata[key] for key in words if metadata[key] is not None}
+    if known.get("high", 0) >= _ABSURD:
+        del known["high"]
+    parts = [f"{words[key]} {bound}" for key, bound in known.items()]
     return f", {' and '.join(parts)}" if parts else ""
 
 
@@ -174,8 +196,9 @@ def read_config(path: str, options: type) -> dict[str, Any]:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # PyYAML raises more than YAMLError: of dates ValueError, of deep lists RecursionError
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"--config {path} is not valid YAML: {reason}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -185,7 +208,7 @@ def read_config(path: str, options: type) -> dict[str, Any]:
     for key, raw in loaded.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise UserError(f"--config {path}: there is no option {key!r}{suggestion(name, list(known))}")
+            raise UserError(f"--config {path}: there is no option {_shown(key)}{suggestion(name, list(known))}")
         try:
             values[name] = convert(options, name, raw)
         except UserError as error:

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from lomar.options.fields import AUTO, MOST_WORKERS, option
+from lomar.options.fields import ANY_IMAGES, AUTO, MOST_WORKERS, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
     """Make images smaller once, in a few large files, so that training need not decode large photographs."""
 
-    data: str = option("folder of images, .txt file of paths, or 'sample'", metavar="DIR")
+    data: str = option(ANY_IMAGES, metavar="DIR")
     out: str = option("folder to write, which every command takes as --data", metavar="DIR2", results=False)
     resume: bool = option("go on with what was begun in --out; needs no other option", default=False, results=False)
     overwrite: bool = option("replace what is prepared in --out, or was begun there", default=False, results=False)

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from lomar.options.fields import AUTO, LARGEST_SEED, MOST_WORKERS, option
+from lomar.options.fields import ANY_IMAGES, AUTO, LARGEST_SEED, MOST_WORKERS, option
+
+# More than anyone asks for but by a slip: beyond them numbers overflow, or parts are made until memory runs out.
+MOST_SIDE = 16_384  # pixels, patches
+MOST_WIDTH = 65_536
+MOST_DEPTH = 1_000
+MOST_BATCH = 2**24
+MOST_STEPS = 10**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,12 +17,14 @@ class PretrainOptions:
     """Pretrain a vision transformer on a folder of images."""
 
     # What and where
-    data: str = option(
-        "folder of images, .txt file of paths, or 'sample' (a few embedded photographs)", metavar="DIR", results=False
-    )
+    data: str = option(f"{ANY_IMAGES} (a few embedded photographs)", metavar="DIR", results=False)
     out: str = option("folder of the run, made here", metavar="RUN", results=False)
     config: str | None = option("YAML file of options; flags win over it", default=None, metavar="FILE", results=False)
-    resume: bool = option("go on with the run in --out; needs no other option", default=False, results=False)
+    resume: bool = option(
+        "go on with the run in --out, with no other option; begin it if there is none and --data is given",
+        default=False,
+        results=False,
+    )
     overwrite: bool = option("delete the run in --out and start anew", default=False, results=False)
     # The method
     method: str = option("a recipe's name; `lomar recipes` lists them", default="lomar", metavar="NAME")
@@ -27,12 +36,12 @@ class PretrainOptions:
     model: str = option(
         "size of the encoder: tiny, small, base, large, huge, or WIDTHxDEPTHxHEADS", auto=AUTO, metavar="SIZE"
     )
-    image_size: int = option("side of the crop, in pixels", auto=AUTO, low=1, metavar="PX")
-    patch_size: int = option("side of a patch, in pixels", auto=AUTO, low=1, metavar="PX")
+    image_size: int = option("side of the crop, in pixels", auto=AUTO, low=1, high=MOST_SIDE, metavar="PX")
+    patch_size: int = option("side of a patch, in pixels", auto=AUTO, low=1, high=MOST_SIDE, metavar="PX")
     window_size: int = option(
         "side of a window, in patches; 0 is the whole image", auto="lomar: 7; mae, beit: 0", low=0, metavar="K"
     )
-    views: int = option("windows per image", auto="lomar: 4", low=1, metavar="N")
+    views: int = option("windows per image", auto="lomar: 4", low=1, high=MOST_SIDE, metavar="N")
     window_layout: str = option(
         "windows of each image's own, or shared and repeated as in the released code",
         auto="lomar: independent",
@@ -73,9 +82,15 @@ class PretrainOptions:
     mask_layer: int = option(
         "block before which the mask tokens enter a masked encoder", auto="lomar: 0, the paper's", low=0, metavar="L"
     )
-    decoder_width: int = option("token width of the decoder", auto="512 for a base encoder", low=4, metavar="D")
-    decoder_depth: int = option("blocks of the decoder", auto="8 for a base encoder", low=1, metavar="N")
-    decoder_heads: int = option("attention heads of the decoder", auto="16 for a base encoder", low=1, metavar="N")
+    decoder_width: int = option(
+        "token width of the decoder", auto="512 for a base encoder", low=4, high=MOST_WIDTH, metavar="D"
+    )
+    decoder_depth: int = option(
+        "blocks of the decoder", auto="8 for a base encoder", low=1, high=MOST_DEPTH, metavar="N"
+    )
+    decoder_heads: int = option(
+        "attention heads of the decoder", auto="16 for a base encoder", low=1, high=MOST_WIDTH, metavar="N"
+    )
     position: str = option(
         "how tokens know where they are",
         auto="lomar: contextual; mae: sincos; beit: shared-bias",
@@ -112,7 +127,7 @@ class PretrainOptions:
     color_jitter: float = option(
         "strength of random brightness, contrast and saturation", auto="lomar: 0; beit: 0.4", low=0, high=1, metavar="X"
     )
-    channels: int = option("channels the images are converted to", auto=AUTO, low=1, metavar="C")
+    channels: int = option("channels the images are converted to", auto=AUTO, low=1, high=MOST_WIDTH, metavar="C")
     statistics: str = option(
         "mean and deviation of the pixels: ImageNet's, or estimated from the data",
         auto=AUTO,
@@ -125,10 +140,14 @@ class PretrainOptions:
         "what pixels are read as", auto=AUTO, choices=("uint8", "uint16", "float32"), metavar="NAME"
     )
     # The course of training
-    epochs: float | None = option("passes over the images", auto=AUTO, above=0, metavar="E")
-    max_steps: int | None = option("optimiser steps, instead of --epochs", default=None, low=1, metavar="S")
+    epochs: float | None = option("passes over the images", auto=AUTO, above=0, high=1e9, metavar="E")
+    max_steps: int | None = option(
+        "optimiser steps, instead of --epochs", default=None, low=1, high=MOST_STEPS, metavar="S"
+    )
     warmup_epochs: float = option("passes with a rising learning rate", auto="2.5 % of the run", low=0, metavar="E")
-    batch_size: int = option("images per optimiser step, over all devices", auto=AUTO, low=1, metavar="GLOBAL")
+    batch_size: int = option(
+        "images per optimiser step, over all devices", auto=AUTO, low=1, high=MOST_BATCH, metavar="GLOBAL"
+    )
     base_lr: float = option(
         "learning rate for 256 images; scaled by --batch-size / 256", auto=AUTO, above=0, metavar="LR"
     )
@@ -145,9 +164,18 @@ class PretrainOptions:
         "precision of the matrix products", auto=AUTO, choices=("auto", "fp32", "bf16"), metavar="NAME"
     )
     # How fast, how watched: another value leads to the same encoder
-    micro_batch: int = option("images per forward pass of a device", auto=AUTO, low=1, metavar="N", results=False)
+    micro_batch: int = option(
+        "images per forward pass of a device", auto=AUTO, low=1, high=MOST_BATCH, metavar="N", results=False
+    )
     grad_checkpointing: bool = option(
         "work out each block again in the backward pass: less memory, a third more time", default=False, results=False
+    )
+    strategy: str = option(
+        "of several processes: ddp, each with all weights, or fsdp, weights spread over them",
+        default="ddp",
+        choices=("ddp", "fsdp"),
+        metavar="NAME",
+        results=False,
     )
     compile: str = option(
         "whether the training step is compiled by torch.compile",
@@ -199,7 +227,7 @@ class TokenizerOptions:
     """Train a tokenizer on a folder of images, for methods that predict tokens."""
 
     # What and where
-    data: str = option("folder of images, .txt file of paths, or 'sample'", metavar="DIR", results=False)
+    data: str = option(ANY_IMAGES, metavar="DIR", results=False)
     out: str = option(
         "tokenizer to write; metrics and a picture of what it keeps go beside it",
         metavar="FILE.safetensors",
@@ -208,15 +236,17 @@ class TokenizerOptions:
     resume: bool = option("go on with what was begun in --out; needs no other option", default=False, results=False)
     overwrite: bool = option("delete what is in --out and start anew", default=False, results=False)
     # The tokenizer
-    vocab: int = option("number of tokens", auto=AUTO, low=2, metavar="N")
-    width: int = option("channels of its first blocks, a multiple of 4", auto=AUTO, low=4, metavar="W")
-    blocks_per_group: int = option("blocks at each of four resolutions", auto=AUTO, low=1, metavar="N")
+    vocab: int = option("number of tokens", auto=AUTO, low=2, high=MOST_BATCH, metavar="N")
+    width: int = option("channels of its first blocks, a multiple of 4", auto=AUTO, low=4, high=MOST_WIDTH, metavar="W")
+    blocks_per_group: int = option("blocks at each of four resolutions", auto=AUTO, low=1, high=MOST_DEPTH, metavar="N")
     # What it sees
-    image_size: int = option("side of the crop, in pixels; a token stands for 8x8", auto=AUTO, low=16, metavar="PX")
-    window_size: int = option(
-        "side of the part of the crop that a step trains on, in tokens", auto=AUTO, low=1, metavar="K"
+    image_size: int = option(
+        "side of the crop, in pixels; a token stands for 8x8", auto=AUTO, low=16, high=MOST_SIDE, metavar="PX"
     )
-    channels: int = option("channels the images are converted to", auto=AUTO, low=1, metavar="C")
+    window_size: int = option(
+        "side of the part of the crop that a step trains on, in tokens", auto=AUTO, low=1, high=MOST_SIDE, metavar="K"
+    )
+    channels: int = option("channels the images are converted to", auto=AUTO, low=1, high=MOST_WIDTH, metavar="C")
     pixel_type: str = option(
         "what pixels are read as", auto=AUTO, choices=("uint8", "uint16", "float32"), metavar="NAME"
     )
@@ -225,8 +255,8 @@ class TokenizerOptions:
     )
     white: tuple[float, ...] = option("and as white", auto="255 of 8-bit images, else estimated", metavar="V")
     # The course of training
-    max_steps: int = option("optimiser steps", auto=AUTO, low=1, metavar="S")
-    batch_size: int = option("images per step", auto=AUTO, low=1, metavar="N")
+    max_steps: int = option("optimiser steps", auto=AUTO, low=1, high=MOST_STEPS, metavar="S")
+    batch_size: int = option("images per step", auto=AUTO, low=1, high=MOST_BATCH, metavar="N")
     lr: float = option("highest learning rate", auto=AUTO, above=0, metavar="LR")
     usage_weight: float = option("how much unused tokens weigh in the loss", default=0.2, low=0, metavar="W")
     seed: int = option("fixes crops, noise and initial weights", default=0, low=0, high=LARGEST_SEED, metavar="N")

@@ -1,15 +1,12 @@
 """The training loop: a straight line from batches to updates."""
 
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -18,16 +15,20 @@ from torch import Tensor, nn
 
 from lomar.data.loader import MicroBatch
 from lomar.errors import TrainingError, UserError
-from lomar.training.checkpoint import load_checkpoint, save_checkpoint
+from lomar.files import flush_to_disk
+from lomar.training.bad_files import BadFiles
+from lomar.training.checkpoint import FOLDER, Checkpoints
 from lomar.training.memory import keep_freed_memory
 from lomar.training.optim import Schedule
+from lomar.training.processes import first_alone, said_by_all
 from lomar.training.records import Display, Metrics, Row, TensorBoard
+from lomar.training.signals import StopRequest
 from lomar.training.step import Step, on_device
 
 # Rows wait this many steps at most: one look at the device for several steps, and little to lose.
 BUFFERED_STEPS = 10
 LOOK_SECONDS = 5  # of several GPUs: how late a signal may be answered, if steps are shorter than that
-CHECKPOINT = Path("checkpoints", "last.pt")  # in the run's folder
+RETRY_SECONDS = 60  # after a checkpoint that could not be written
 EVALUATION_SHARE = 0.1  # of the run's time, unless an interval is asked for
 
 
@@ -77,51 +78,6 @@ class Progress:
     elapsed_s: float = 0.0
     evaluations_s: float = 0.0
     lr_factor: float = 1.0
-
-
-class StopRequest:
-    """SIGINT and SIGTERM as a wish to stop after the current step; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.signal_number = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal_number = number
-
-
-class BadFiles:
-    """`bad_files.txt`: each unreadable file once, with the reason."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.names: set[str] = set()
-        if path.exists():
-            self.names = {line.split("\t")[0] for line in path.read_text(encoding="utf-8").split("\n")[:-1]}
-
-    def add(self, found: list[tuple[str, str]]) -> list[str]:
-        """Record files; the names that are new come back."""
-        on_one_line = str.maketrans("\t\r\n", "   ")
-        found = [(name.translate(on_one_line), reason.translate(on_one_line)) for name, reason in found]
-        new = {name: reason for name, reason in found if name not in self.names}
-        if new:
-            self.names.update(new)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{name}\t{reason}\n" for name, reason in new.items())
-        return list(new)
 
 
 class NonFiniteError(Exception):
@@ -176,7 +132,8 @@ class Trainer:
         self.optimizer = self.training_step.optimizer
         self.course = course
         self.batches = batches
-        self.checkpoint = run / CHECKPOINT
+        self.run_folder = run
+        self.checkpoints = Checkpoints(run / FOLDER)
         self.display = display
         self.export = export
         self.evaluate = evaluate
@@ -185,61 +142,120 @@ class Trainer:
         self.finished = False
         self.metrics = Metrics(run / "metrics.jsonl")
         self.tensorboard: TensorBoard | None = None  # opened by `restore`, which knows from where it counts
-        self.bad_files = BadFiles(run / "bad_files.txt")
+        self.bad_files = BadFiles(run / "bad_files.txt", written=fabric.is_global_zero)
+        self._bad: list[tuple[str, str]] = []  # found here, and not yet told to the other processes
+        self._unwritten: list[Row] = []  # for which the disk had no room
+        self._warned: set[str] = set()
         self._buffer: list[tuple[Row, Tensor, Tensor, list[str]]] = []
         self._evaluation_s = 0.0  # the last one
+        self._next_save = 0.0
         self._looked, self._last_look, self._next_look = time.monotonic(), 0, 0
         self._last_flush = time.monotonic()  # moved on by what is not training, so that throughput is training's
 
-    def save(self) -> None:
-        """Write the checkpoint and the files made from it. Rows that belong before it are written first."""
+    def save(self, needed: bool = True) -> bool:
+        """Write the checkpoint and the files made from it, after the rows that belong before it; whether that went.
+
+        Args:
+            needed: whether the run cannot go on without it. Else it does, and tries again soon.
+
+        Raises:
+            TrainingError: it is needed and cannot be written, as when the disk is full. The one before stays.
+        """
         self.flush()
         began = time.monotonic()
-        if self.fabric.is_global_zero:
-            state = {
-                "model": self.method.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "progress": vars(self.progress).copy(),
-                "fingerprint": self.course.fingerprint,
-                "finished": self.finished,
-            } | ({"average": self.average.module.state_dict()} if self.average else {})
+        state = self.training_step.whole_state() | {
+            "progress": vars(self.progress).copy(),
+            "fingerprint": self.course.fingerprint,
+            "finished": self.finished,
+        }
+        if self.average:
+            state["average"] = self.average.module.state_dict()
+        failure = self.fabric.broadcast(self._written(state) if self.fabric.is_global_zero else None)
+        self._last_flush += time.monotonic() - began
+        self._next_save = time.monotonic() + (RETRY_SECONDS if failure else 60 * self.course.checkpoint_minutes)
+        if failure and needed:
+            raise TrainingError(
+                f"{failure}; the checkpoint before it is kept, and --resume goes on from there when there is room",
+                shared=True,
+            )
+        if failure:
+            self.display.say(f"warning: {failure}; training goes on, and tries to write it again in {RETRY_SECONDS} s")
+        return failure is None
+
+    def _written(self, state: dict[str, Any]) -> str | None:
+        """Why a checkpoint could not be written; None if it is."""
+        try:
+            self.metrics.write(self._unwritten)
+            self._unwritten = []
+            if self.metrics.path.exists():
+                flush_to_disk(self.metrics.path)  # a power cut must not leave a checkpoint without the rows before it
             # Before the checkpoint: a run that was killed here then makes these files again.
             self.export()
-            save_checkpoint(self.checkpoint, state)
-        self.fabric.barrier()
-        self._last_flush += time.monotonic() - began
+            self.checkpoints.save(self.progress.step, state)
+        except OSError as error:
+            return f"the checkpoint of step {self.progress.step} cannot be written to {self.run_folder}: {_why(error)}"
+        return None
 
     def restore(self) -> None:
-        """Go back to the last checkpoint, or to the start where there is none; later rows are cut."""
-        if self.checkpoint.exists():
-            state = load_checkpoint(self.checkpoint)
+        """Go back to the last whole checkpoint, or to the start where there is none; later rows are cut.
+
+        Raises:
+            UserError: none is whole, or the last one is of other images or another configuration.
+        """
+        state = self._last_state()
+        if state:
             same_images = state.get("fingerprint", self.course.fingerprint) == self.course.fingerprint
             if not same_images and not state.get("finished"):
                 raise UserError(
-                    f"the images are not those that the run in {self.checkpoint.parent.parent} began with: "
-                    "files were added, removed, renamed or prepared otherwise; bring them back, or start a new run"
+                    f"the images are not those that the run in {self.run_folder} began with: "
+                    "files were added, removed, renamed or prepared otherwise; bring them back, or start a new run",
+                    shared=True,
                 )
             try:
-                self.method.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
+                self.training_step.load(state)
                 if self.average:
                     self.average.module.load_state_dict(state["average"])
                 self.progress = Progress(**state["progress"])
                 self.finished = state["finished"]
             except (KeyError, TypeError, RuntimeError, ValueError) as error:
-                raise UserError(f"the checkpoint {self.checkpoint} does not fit this run's configuration") from error
+                raise UserError(
+                    f"the checkpoints in {self.checkpoints.folder} do not fit this run's configuration", shared=True
+                ) from error
         self._buffer.clear()
+        self._unwritten = []
         if self.fabric.is_global_zero:
             Metrics.cut(self.metrics.path, after_step=self.progress.step)
             self.close()
             if not self.finished:
-                self.tensorboard = TensorBoard(self.checkpoint.parent.parent, after_step=self.progress.step)
+                self.tensorboard = TensorBoard(self.run_folder, after_step=self.progress.step)
+
+    def _last_state(self) -> dict[str, Any] | None:
+        """The last whole checkpoint, which the first process chooses."""
+        found: list[tuple[int, dict[str, Any]] | None] = [None]
+
+        def load() -> None:
+            found[0] = self.checkpoints.load(self.display.say)
+
+        first_alone(self.fabric, load)
+        step = self.fabric.broadcast(found[0][0] if found[0] else None)
+        if step is None:
+            return None
+        return found[0][1] if found[0] else self.checkpoints.read(step)
 
     def close(self) -> None:
         """Let go of the files that stay open while training."""
         if self.tensorboard:
-            self.tensorboard.close()
+            try:
+                self.tensorboard.close()
+            except OSError as error:
+                self._warn("tensorboard", error)
         self.tensorboard = None
+
+    def _warn(self, what: str, error: OSError) -> None:
+        """Tell of something that is not needed and cannot be written, once."""
+        if what not in self._warned:
+            self._warned.add(what)
+            self.display.say(f"warning: {what} of {self.run_folder} cannot be written: {_why(error)}; training goes on")
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the end, or until `stop` asks; True when finished.
@@ -270,18 +286,23 @@ class Trainer:
 
     def _learn(self, batches: Iterator[MicroBatch], stop: StopRequest) -> bool:
         course, progress = self.course, self.progress
-        began = saved = self._last_flush = self._looked = time.monotonic()
+        began = self._last_flush = self._looked = time.monotonic()
+        self._next_save = began + 60 * course.checkpoint_minutes
         self._last_look = self._next_look = progress.step
         elapsed_before = progress.elapsed_s
-        self.method.train()
+        self.training_step.train()
         while progress.step < course.total_steps:
             row, loss, grad_norm, names = self._step(batches)
             progress.elapsed_s = elapsed_before + time.monotonic() - began
             row["elapsed_s"] = round(progress.elapsed_s, 3)
             self._buffer.append((row, loss, grad_norm, names))
             self.finished = finished = progress.step == course.total_steps
-            looking = self._looks_up()
-            stopping = looking and self._anyone(stop.signal_number > 0)
+            stopping = by_time = False
+            if self._looks_up() or finished:
+                wishes = (stop.signal_number > 0, time.monotonic() > self._next_save, bool(self._bad))
+                stopping, by_time, bad = self._any(wishes)
+                if bad:
+                    self._tell_bad()
             if finished or self._evaluation_due():
                 if not loss.isfinite() or not grad_norm.isfinite():
                     self.flush()  # raises; such weights are not to be evaluated
@@ -289,10 +310,8 @@ class Trainer:
             if len(self._buffer) >= BUFFERED_STEPS or self.fabric.device.type == "cpu" or finished or stopping:
                 self.flush()
             by_step = course.checkpoint_steps and progress.step % course.checkpoint_steps == 0
-            by_time = looking and self._anyone(time.monotonic() - saved > 60 * course.checkpoint_minutes)
             if by_step or by_time or finished or stopping:
-                self.save()
-                saved = time.monotonic()
+                self.save(needed=finished or stopping)
             if stopping and not finished:
                 return False
         return True
@@ -309,12 +328,13 @@ class Trainer:
             waited_s += time.monotonic() - asked
             last = micro.last
             names += micro.names
-            self._note_bad(micro.bad)
+            self._bad += micro.bad
             self.training_step.learn(micro.inputs, last)
         lr = course.schedule.lr(progress.step) * progress.lr_factor
         loss, grad_norm = self.training_step.update(lr)
         progress.step += 1
         if self.average:
+            self.training_step.bring_up_to_date()
             self.average.update(self.method)
         row: Row = {
             "step": progress.step,
@@ -346,10 +366,7 @@ class Trainer:
                 break
             rows.append(row)
         self._buffer.clear()
-        if rows and self.fabric.is_global_zero:
-            self.metrics.write(rows)
-            if self.tensorboard:
-                self.tensorboard.write(rows)
+        self._record(rows)
         for row in rows:
             self.display.step(row, self._eta_s(row))
         if failure:
@@ -360,17 +377,36 @@ class Trainer:
         if any(row["step"] == 0 for row in Metrics.read(self.metrics.path)):
             return
         numbers = self._evaluated()
-        if numbers and self.fabric.is_global_zero:
-            row = {"step": 0, "epoch": 0.0, "elapsed_s": 0.0, **numbers}
-            self.metrics.write([row])
+        if numbers:
+            self._record([{"step": 0, "epoch": 0.0, "elapsed_s": 0.0, **numbers}])
+
+    def _record(self, rows: list[Row]) -> None:
+        """Rows into the files. Those for which there is no room wait, and no checkpoint passes them by."""
+        if not (rows and self.fabric.is_global_zero):
+            return
+        self._unwritten += rows
+        try:
+            self.metrics.write(self._unwritten)
+            self._unwritten = []
+        except OSError as error:
+            self._warn("metrics.jsonl", error)
+        try:
             if self.tensorboard:
-                self.tensorboard.write([row])
+                self.tensorboard.write(rows)
+        except OSError as error:
+            self._warn("tensorboard", error)
+            self.tensorboard = None
 
     def _evaluated(self) -> Row:
         began = time.monotonic()
-        numbers = self.evaluate(self.progress.step) if self.fabric.is_global_zero else {}
+        self.training_step.bring_up_to_date()
+        numbers: Row = {}
+        try:
+            numbers = self.evaluate(self.progress.step)
+        except OSError as error:
+            self._warn("what an evaluation leaves", error)
         self.fabric.barrier()
-        self.method.train()
+        self.training_step.train()
         self._evaluation_s = time.monotonic() - began
         self._last_flush += self._evaluation_s
         self.progress.evaluations_s += self._evaluation_s
@@ -380,17 +416,24 @@ class Trainer:
         if self.progress.step % self.course.evaluation_steps:
             return False
         affordable = self.progress.evaluations_s + self._evaluation_s <= EVALUATION_SHARE * self.progress.elapsed_s
-        return self.course.evaluation_forced or self._anyone(affordable)
+        return self.course.evaluation_forced or self._any((affordable,))[0]
 
-    def _note_bad(self, found: list[tuple[str, str]]) -> None:
-        new = self.bad_files.add(found) if found else []
+    def _tell_bad(self) -> None:
+        """Record the unreadable files that the processes found; all of them know of all."""
+        found, self._bad = said_by_all(self.fabric, self._bad), []
+        new = [name for name, _ in self.bad_files.new(found)]
+        try:
+            self.bad_files.add(found)
+        except OSError as error:
+            self._warn("bad_files.txt", error)
         for name in new:
             self.display.say(f"skipped an unreadable image: {name}")
         count = len(self.bad_files.names)
         if new and count > self.course.max_bad_share * self.course.images:
             raise TrainingError(
                 f"{count} of {self.course.images} images cannot be read (listed in {self.bad_files.path}); "
-                f"--max-bad-share allows {self.course.max_bad_share:.0%}"
+                f"--max-bad-share allows {self.course.max_bad_share:.0%}",
+                shared=True,
             )
 
     def _looks_up(self) -> bool:
@@ -407,17 +450,16 @@ class Trainer:
         self._next_look = self.progress.step + max(1, min(BUFFERED_STEPS, int(LOOK_SECONDS / max(1e-6, mean_s))))
         return True
 
-    def _anyone(self, wish: bool) -> bool:
-        """Whether any process wishes it, so that all act alike."""
+    def _any(self, wishes: tuple[bool, ...]) -> tuple[bool, ...]:
+        """Of each wish, whether any process has it, so that all act alike."""
         if self.fabric.world_size == 1:
-            return wish
-        wishes = self.fabric.all_reduce(torch.tensor(float(wish), device=self.fabric.device), reduce_op="sum")
-        return bool(cast(Tensor, wishes) > 0)
+            return wishes
+        counted = torch.tensor(wishes, dtype=torch.float32, device=self.fabric.device)
+        return tuple(count > 0 for count in cast(Tensor, self.fabric.all_reduce(counted, reduce_op="sum")).tolist())
 
     def _eta_s(self, row: Row) -> float:
         return row["elapsed_s"] / row["step"] * (self.course.total_steps - row["step"])
 
 
-def process_count() -> int:
-    """Processes that torchrun started for this run; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)

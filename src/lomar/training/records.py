@@ -1,8 +1,12 @@
 """What a run writes while it learns, and what it shows: metrics, progress, log, TensorBoard."""
 
+import contextlib
+import errno
 import json
 import logging
 import math
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -37,10 +41,20 @@ class Metrics:
 
         Raises:
             TypeError: a value JSON has no form for, such as a tensor; nothing is written then.
+            OSError: the disk is full; nothing is written then, not even a part of a line.
         """
+        if not rows:
+            return
         lines = "".join(json.dumps(_without_nan(row), allow_nan=False) + "\n" for row in rows)
-        with self.path.open("ab") as file:
-            file.write(lines.encode())
+        with self.path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            content = memoryview(lines.encode())
+            try:
+                while content:
+                    content = content[file.write(content) or 0 :]
+            except OSError:
+                file.truncate(before)
+                raise
 
     @staticmethod
     def read(path: Path) -> list[Row]:
@@ -67,7 +81,7 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, Row]]:
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:  # torn JSON or, after a power cut, bytes that are no text
+        except (ValueError, RecursionError):  # torn JSON or, after a power cut, bytes that are no text
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             yield line, row
@@ -158,7 +172,11 @@ class Display:
 
     def _print(self, text: str) -> None:
         # As it stands: "[...]" in a file name is no markup, and a line in a pipe is not folded at 80 columns.
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        try:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # output into a file on a full disk is not worth a run
+                raise
 
 
 def progress_line(row: Row, total_steps: int, eta_s: float) -> str:
@@ -184,13 +202,25 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole_seconds:02}"
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk makes lose lines, and nothing else."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def open_log(run_dir: Path) -> logging.Logger:
     """The logger "lomar", from now on also written to `run_dir/train.log`, appended and with times.
 
     One run at a time: a log that is still open is closed first. Close with `close_log`.
     """
     close_log()
-    handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
+    handler = _LogFile(run_dir / LOG_FILE, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s  %(levelname)-7s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger = logging.getLogger(LOG_NAME)
     logger.setLevel(logging.INFO)

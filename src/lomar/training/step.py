@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch._dynamo.exc
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lomar.data.loader import MicroBatch
 from lomar.errors import TrainingError
+from lomar.training.sharding import Sharded, is_sharded, local_part
 
 
 class Step:
@@ -46,7 +47,14 @@ class Step:
                     getattr(m, "grad_checkpointing", False) for m in method.modules()
                 )
             method.compile(fullgraph=True, dynamic=False)
-        self.model, self.optimizer = fabric.setup(method, optimizer)
+        # What is trained is the method itself, or a spread copy of it.
+        self.sharded = Sharded(fabric, method, optimizer) if is_sharded(fabric) else None
+        self.model: nn.Module
+        self.optimizer: torch.optim.Optimizer
+        if self.sharded:
+            self.model, self.optimizer = self.sharded.model, self.sharded.optimizer
+        else:
+            self.model, self.optimizer = fabric.setup(method, optimizer)
         self.batch_size = batch_size
         self.clip_grad = clip_grad
         self._loss_sum, self._counted = self._zero(), self._zero()
@@ -61,7 +69,7 @@ class Step:
         Raises:
             TrainingError: the step cannot be compiled here.
         """
-        with self.fabric.no_backward_sync(self.model, enabled=not last), _told_if_not_compiled():
+        with self.fabric.no_backward_sync(self.model, enabled=not last), _told_if_not_compiled():  # type: ignore[arg-type]
             losses, count = self.model(**inputs)
             # DDP averages over processes; with the world size the gradients add up to that of the sum.
             self.fabric.backward(losses * (self.fabric.world_size / self.batch_size))
@@ -89,11 +97,43 @@ class Step:
 
     def _scale_gradients(self, scale: Tensor) -> Tensor:
         """Turn gradients of (sum / batch) into those of the mean; clip them; return their norm."""
-        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) * scale
+        if self.sharded:
+            norm = cast(Tensor, self.fabric.all_reduce(norm.square(), reduce_op="sum")).sqrt()
         factor = scale * (self.clip_grad / norm).clamp(max=1.0) if self.clip_grad else scale
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
         return norm
+
+    def whole_state(self) -> dict[str, Any]:
+        """Weights and the optimiser's state, of all processes; all of them must call it."""
+        if self.sharded:
+            self.sharded.bring_up_to_date()
+            return {"model": self.method.state_dict(), "optimizer": self.sharded.optimizer_state()}
+        return {"model": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Back to a state as `whole_state` gives it, of any number of processes.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: it is of another method.
+        """
+        self.method.load_state_dict(state["model"])
+        if self.sharded:
+            self.sharded.take_over()
+            self.sharded.load_optimizer_state(state["optimizer"])
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def bring_up_to_date(self) -> None:
+        """What was learnt, into the method, for those who look at it; all processes must call it."""
+        if self.sharded:
+            self.sharded.bring_up_to_date()
+
+    def train(self) -> None:
+        """Method and model in training mode."""
+        self.method.train()
+        self.model.train()
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.fabric.device)
