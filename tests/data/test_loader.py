@@ -27,6 +27,7 @@ from lomar.data.loader import (
     share_of_batch,
     stream,
 )
+from lomar.data.order import Shuffled
 from lomar.data.sources import ImageSource, open_source
 from lomar.errors import UserError
 from lomar.seeding import seeded
@@ -182,7 +183,7 @@ def test_a_run_resumed_at_a_batch_equals_the_tail_of_an_uninterrupted_one(folder
 
 
 def test_every_image_comes_once_an_epoch_in_an_order_of_its_own():
-    keys = [key for batch in islice(stream(11, 3, 7, 0), 11) for key in batch]  # 7 epochs of 11
+    keys = [key for batch in islice(stream(Shuffled(11, 3, 7), 7, 0), 11) for key in batch]  # 7 epochs of 11
     assert [key.epoch for key in keys] == [epoch for epoch in range(7) for _ in range(11)]
     orders = {tuple(key.index for key in keys[start : start + 11]) for start in range(0, 77, 11)}
     assert len(orders) == 7
@@ -191,7 +192,7 @@ def test_every_image_comes_once_an_epoch_in_an_order_of_its_own():
 
 
 def test_batches_are_full_even_where_the_data_is_smaller():
-    batch = next(stream(count=3, seed=0, batch_size=11, first_batch=0))
+    batch = next(stream(Shuffled(count=3, seed=0, batch_size=11), 11, 0))
     assert len(batch) == len({(key.epoch, key.index) for key in batch}) == 11
 
 
@@ -202,7 +203,7 @@ def test_small_data_recurs_with_new_crops(folder):
 
 
 def test_micro_batches_of_a_share_are_cut_from_its_slots_alone():
-    keys = list(micro_batch_keys(islice(stream(11, 0, 7, 0), 2), range(2, 7), 3))
+    keys = list(micro_batch_keys(islice(stream(Shuffled(11, 0, 7), 7, 0), 2), range(2, 7), 3))
     assert [[key.slot for key in part] for part in keys] == [[2, 3, 4], [5, 6]] * 2
 
 

@@ -12,6 +12,7 @@ from lomar.commands.frozen import FrozenEncoder
 from lomar.commands.probe_cache import Cached
 from lomar.data.labels import Labelled
 from lomar.data.loader import stream
+from lomar.data.order import Shuffled
 from lomar.data.supervised import Augmentation, training_batches
 from lomar.downstream.features import feature_reader
 from lomar.downstream.probe import Columns, HeadInput, MaeHead, Standard, Sweep, lars, standard_of, top_hits
@@ -141,7 +142,8 @@ class SweepProbe(_Trained):
         self.module, self.optimizer = self.sweep, self.sweep.optimizer()
         self.count = len(fit)
         self.peak_lr = 1.0  # the module has the rates; what is scheduled is the share of them
-        self._batches = stream(self.count, options.seed, options.batch_size, first_step)
+        order = Shuffled(self.count, options.seed, options.batch_size)  # of features, which are all at hand
+        self._batches = stream(order, options.batch_size, first_step)
 
     def _seen(self, rows: Tensor) -> list[Tensor]:
         """Rows as cached -> what each kind of head sees."""

@@ -10,18 +10,26 @@ What is read, and how:
   or `.npy`).
 - A three-dimensional array has its channels first if the first axis is shorter than the last, otherwise last.
 - Pages of a TIFF are channels only where the file says so (ImageJ, OME, tifffile's own); otherwise page one is read.
+- Memory is bounded by the size of the file, not by what its header says: at most MAX_PIXELS; of a TIFF with many
+  channels at most 1 GiB and 64 times the file; of a JPEG at most 100 scans.
 - Gray becomes RGB by repetition and RGB gray by ITU-R 601 luma; no other change of channels is made. A change of
   type keeps pixels / scale: uint8 255 = uint16 65535 = float32 1.0. Nothing but float32 is made of float32.
 """
 
 import io
+import logging
+import lzma
 import math
+import re
 import struct
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import PIL.Image
@@ -39,7 +47,18 @@ Size = tuple[int, int]
 MAX_PIXELS = 2 * 89_478_485  # where Pillow calls a file a decompression bomb (Image.MAX_IMAGE_PIXELS, twice)
 _SCALES = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
 _JPEG = b"\xff\xd8\xff"
-_NPY_HEADER = 12 + 10_000  # bytes at most: NumPy refuses longer ones
+_NPY_HEADER = 12 + 1_000  # bytes at most; longer ones can be nested so deep that Python's parser gives up
+_MOST_SCANS = 100  # of a JPEG; a progressive one has about 10, and each takes as long as decoding all pixels
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # one that does not stand within a scan
+_TIFF_BYTES = 2**30  # of pixels, and as many more as the file can be expected to hold:
+_TIFF_GROWTH = 64  # times its size
+_MOST_PAGES = 10_000  # that are channels
+# Compressions that tifffile undoes without a look at the size that should come out: how, and how far they can grow.
+_UNBOUNDED: dict[int, tuple[Callable[[], Any], int]] = {
+    8: (zlib.decompressobj, 1_032),
+    32_946: (zlib.decompressobj, 1_032),
+    34_925: (lzma.LZMADecompressor, 10_000),
+}
 _EXIF_ORIENTATION = 0x0112
 _EXIF_REACH = 65_536  # EXIF is the first or second segment of a JPEG, and a segment is at most this long
 
@@ -141,6 +160,22 @@ def read_image(data: bytes | memoryview, name: str) -> Image:
     return image
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what Pillow and tifffile say of oddities in files that can be read; of others BadImageError says it."""
+    loggers = [logging.getLogger(name) for name in ("PIL", "tifffile")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
 def _require_sane_size(height: int, width: int) -> None:
     if min(height, width) < 2:
         raise BadImageError(f"only {height} x {width} pixels (height x width)")
@@ -226,7 +261,18 @@ def _jpeg_turn(data: bytes) -> _Turn:
         return _TURNS[1]  # a photograph with a broken EXIF block is still a photograph
 
 
+def _scans(data: bytes) -> int:
+    """How often a JPEG goes over its pixels; what follows its end, such as a film, is none of it."""
+    count, at = 0, 2
+    while (marker := _JPEG_MARKER.search(data, at)) and data[marker.end() - 1] != 0xD9:
+        count += data[marker.end() - 1] == 0xDA
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return count
+
+
 def _read_jpeg(data: bytes) -> Image:
+    if data.count(b"\xff\xda") > _MOST_SCANS and _scans(data) > _MOST_SCANS:  # the count alone is fast
+        raise BadImageError(f"more than {_MOST_SCANS} scans in a JPEG")
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -321,6 +367,8 @@ def _read_npy(data: bytes | memoryview) -> Image:
     shape, fortran_order, dtype = read_header(file)
     if dtype.hasobject:
         raise BadImageError("the array holds Python objects, which are not read")
+    if min(shape, default=0) < 0:
+        raise BadImageError(f"an array of shape {shape} is not an image")
     body = memoryview(data)[file.tell() :]
     if len(body) < math.prod(shape) * dtype.itemsize:
         raise BadImageError(f"truncated array: {len(body)} bytes of {math.prod(shape) * dtype.itemsize}")
@@ -344,7 +392,8 @@ def _from_array(array: np.ndarray) -> Image:
 
     def decode(box: Box, size: Size, channels: int) -> np.ndarray:
         top, left, rows, columns = box
-        pixels = array[top : top + rows, left : left + columns].astype(native, copy=False)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            pixels = array[top : top + rows, left : left + columns].astype(native, copy=False)
         if native == "float32" and not np.isfinite(pixels).all():
             raise BadImageError("pixels that are not finite")
         return pixels
@@ -355,19 +404,77 @@ def _from_array(array: np.ndarray) -> Image:
 
 def _read_tiff(data: bytes) -> Image:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        series, page = file.series[0], file.pages.first
-        is_stack = series.kind in ("shaped", "imagej", "ome") and len(series.shape) == 3 and len(file.pages) > 1
+        page, stack = file.pages.first, _stack_in(file)
         # Pillow knows palettes, transparency and every compression, but only 8-bit and one-channel pictures.
-        if not is_stack and (page.samplesperpixel == 1 or (page.bitspersample == 8 and page.samplesperpixel <= 4)):
+        if stack is None and (page.samplesperpixel == 1 or (page.bitspersample == 8 and page.samplesperpixel <= 4)):
             return _read_pillow(data)
         _require_sane_size(page.imagelength, page.imagewidth)  # before memory is taken for the pixels
-        array = series.asarray() if is_stack else page.asarray()
-        if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and not is_stack:
+        pixels = page if stack is None else stack
+        most = _TIFF_BYTES + _TIFF_GROWTH * len(data)
+        if math.prod(pixels.shape) * (pixels.dtype.itemsize if pixels.dtype else 1) > most:
+            raise BadImageError(f"pixels of shape {pixels.shape} are more than a file of {len(data)} bytes can hold")
+        _require_whole_segments(page, data, most)
+        array = pixels.asarray()
+        if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and stack is None:
             array = np.moveaxis(array, 0, -1)
         orientation = page.tags.valueof(_EXIF_ORIENTATION, 1)
-    if array.ndim == 3 and not is_stack:
+    if array.ndim == 3 and stack is None:
         array = _TURNS.get(orientation, _TURNS[1]).upright(array)
     return _from_array(array)
+
+
+def _stack_in(file: tifffile.TiffFile) -> tifffile.TiffPageSeries | None:
+    """The pages that are channels of one picture, where the file says so."""
+    # Others are not asked for series: to make them all pages are read.
+    if not (file.is_shaped or file.is_imagej or file.is_ome) or len(file.pages) < 2:
+        return None
+    if len(file.pages) > _MOST_PAGES:
+        raise BadImageError(f"{len(file.pages)} pages are more than {_MOST_PAGES:,}")
+    if file.is_ome:
+        try:
+            _require_sane_ome(file.ome_metadata or "", file.pages.first.imagelength * file.pages.first.imagewidth)
+        except ElementTree.ParseError:
+            return None
+    series = file.series[0]
+    return series if series.kind in ("shaped", "imagej", "ome") and len(series.shape) == 3 else None
+
+
+def _require_sane_ome(xml: str, page_px: int) -> None:
+    """Raises BadImageError: it tells of more pages than can be; tifffile would make a list of them.
+
+    Raises ParseError: it is no XML.
+    """
+    for element in ElementTree.fromstring(xml).iter():
+        told = element.attrib
+        counts = [math.prod(int(told.get(f"Size{axis}", 1)) for axis in "XYCZT") / max(1, page_px)]
+        counts += [int(told.get(name, 0)) for name in ("NumPlanes", "PlaneCount", "IFD")]
+        if "Start" in told:
+            counts.append((float(told["End"]) - float(told["Start"])) / float(told.get("Step", 1)))
+        if max(counts) > _MOST_PAGES:
+            raise BadImageError(f"OME of {max(counts):g} pages, which are more than {_MOST_PAGES:,}")
+
+
+def _require_whole_segments(page: tifffile.TiffPage, data: bytes, most: int) -> None:
+    """Raises BadImageError: strips or tiles are missing, or one grows to more than `most` bytes.
+
+    tifffile would make each missing one of zeros, and undo a compression to its end.
+    """
+    count = math.prod(page.chunked)
+    if count > len(page.dataoffsets):
+        raise BadImageError(f"{len(page.dataoffsets)} of {count} parts of the picture are there")
+    begin, growth = _UNBOUNDED.get(page.compression, (None, 0))
+    for offset, length in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if begin is None or length * growth <= most:
+            continue
+        decompressor, grown, rest = begin(), 0, data[offset : offset + length]
+        while not decompressor.eof:
+            piece = len(decompressor.decompress(rest, 2**26))
+            rest = getattr(decompressor, "unconsumed_tail", b"")
+            grown += piece
+            if grown > most:
+                raise BadImageError(f"{length} bytes decompress to more than {most}")
+            if not piece:
+                break  # cut short, which is found out when it is decoded
 
 
 def _luma(pixels: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lomar.data.addresses import within
 from lomar.data.sources import ImageSource, folders_in, images_at, is_there, open_source
 from lomar.errors import UserError
 from lomar.seeding import seeded
@@ -165,7 +166,7 @@ def _parts(path: str, flag: str) -> tuple[_Named, _Named | None]:
     if _is_table(path):
         return _table_parts(Path(path), flag)
     # By lower-case name; the first that is there counts.
-    there = {name.lower(): str(Path(path, name)) for name in folders_in(path, flag)}
+    there = {name.lower(): within(path, name) for name in folders_in(path, flag)}
     train, judge = (
         next((there[name] for name in names if name in there), None) for names in (_TRAIN_NAMES, _VAL_NAMES)
     )

@@ -6,7 +6,6 @@ the tar file it was at, and the same images lead to the same bytes however often
 """
 
 import array
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ import numpy as np
 
 from lomar.data.shards import INDEX_FILE, JOURNAL_FILE, SHARD_NAME, Index, Members, Shard, sha256_of, write_index
 from lomar.errors import UserError
+from lomar.files import locked
 
 _BLOCK = 512  # bytes: of a tar file everything is padded to whole ones
 _RECORD = 20 * _BLOCK  # and the file to whole ones of these
@@ -384,17 +384,10 @@ def _append(journal: IO[bytes], line: bytes) -> None:
 
 
 def _lock(journal: IO[bytes], folder: Path) -> None:
-    """Refuse a folder that another process writes to; the lock ends with the process, killed or not.
-
-    Unlike that of flock, this lock does not go to forked workers, which may outlive their parent by seconds.
-    """
-    try:
-        fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    """Refuse a folder that another process writes to."""
+    if not locked(journal):
         journal.close()
-        raise UserError(f"--out {folder}: another lomar prepare is writing to it") from None
-    except OSError:
-        pass  # a file system without locks
+        raise UserError(f"--out {folder}: another lomar prepare is writing to it")
 
 
 def _sync_folder(folder: Path) -> None:

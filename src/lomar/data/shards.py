@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors
@@ -43,12 +43,24 @@ class Shard:
     Args:
         path: where it is; in an index, its name in the folder.
         size: in bytes.
-        sha256: of its content, as sha256sum shows it.
+        sha256: of its content, as sha256sum shows it; "" where it is not known.
     """
 
     path: str
     size: int
     sha256: str
+    remote: ClassVar[bool] = False  # whether it is fetched before it is read
+
+    def open(self) -> int:
+        """A descriptor of the file.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        return os.open(self.path, os.O_RDONLY)
+
+    def fetch(self, wait: bool = True) -> None:
+        """Have it on this machine, as it is; see `lomar.data.fetching.RemoteShard`."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +89,7 @@ class Members:
         Raises:
             OSError: the tar file cannot be read, or is shorter than it was.
         """
-        path = self.shards[self.shard[index]].path
-        offset, size = int(self.offset[index]), int(self.size[index])
-        # Opened anew each time, for a fifty-thousandth of a second: no descriptors to share, to count or to close.
-        file = os.open(path, os.O_RDONLY)
-        try:
-            if size >= _MAPPED_FROM:
-                before = offset % mmap.ALLOCATIONGRANULARITY
-                try:
-                    mapped = mmap.mmap(file, before + size, access=mmap.ACCESS_READ, offset=offset - before)
-                except ValueError as error:
-                    raise OSError(f"{path} is cut short") from error
-                return memoryview(mapped)[before:]
-            content = os.pread(file, size, offset)
-        finally:
-            os.close(file)
-        if len(content) < size:
-            raise OSError(f"{path} is cut short")
-        return content
+        return read_part(self.shards[self.shard[index]], int(self.offset[index]), int(self.size[index]))
 
     def subset(self, indices: Sequence[int]) -> "Members":
         """The same of the given images in the given order; -1 stands for one that is in no tar file."""
@@ -103,11 +98,64 @@ class Members:
         return Members(self.shards, shard, self.offset[chosen], self.size[chosen])
 
     def digest(self) -> bytes:
-        """Changes with the content of a tar file, and not with its place."""
+        """Changes with the content of a tar file, and not with its place; where no check sum is known, with its images'
+        sizes and places in it."""
         digest = hashlib.blake2b(digest_size=8)
         for shard in self.shards:
             digest.update(shard.sha256.encode())
+        if not all(shard.sha256 for shard in self.shards):
+            digest.update(self.offset.tobytes() + self.size.tobytes())
         return digest.digest()
+
+
+def read_part(shard: Shard, offset: int, size: int) -> bytes | memoryview:
+    """A part of a tar file; a large one is mapped.
+
+    Raises:
+        OSError: the file cannot be read, or is shorter than it was.
+    """
+    # Opened anew each time, for a fifty-thousandth of a second: no descriptors to share, to count or to close.
+    file = shard.open()
+    try:
+        if size >= _MAPPED_FROM:
+            before = offset % mmap.ALLOCATIONGRANULARITY
+            try:
+                mapped = mmap.mmap(file, before + size, access=mmap.ACCESS_READ, offset=offset - before)
+            except ValueError as error:
+                raise OSError(f"{shard.path} is cut short") from error
+            return memoryview(mapped)[before:]
+        content = os.pread(file, size, offset)
+    finally:
+        os.close(file)
+    if len(content) < size:
+        raise OSError(f"{shard.path} is cut short")
+    return content
+
+
+@dataclass(frozen=True)
+class ShardGroups:
+    """The images of a source shard by shard.
+
+    Args:
+        shards: those that have any.
+        ends: int64 (S,), where the images of each one end in `indices`.
+        indices: (N,), numbers of the images.
+    """
+
+    shards: tuple[Shard, ...]
+    ends: np.ndarray
+    indices: Sequence[int] | np.ndarray
+
+    def of(self, shard: int) -> range:
+        """Places in `indices` of the images of a shard."""
+        return range(int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard]))
+
+
+def grouped(shards: Sequence[Shard], numbers: np.ndarray) -> ShardGroups:
+    """The images of a source by the number of each one's shard, int (N,)."""
+    indices = np.argsort(numbers, kind="stable")
+    used, counts = np.unique(numbers, return_counts=True)
+    return ShardGroups(tuple(shards[number] for number in used.tolist()), np.cumsum(counts), indices)
 
 
 def nowhere(count: int) -> Members:
@@ -202,7 +250,20 @@ def read_index(folder: Path, where: str) -> Index:
     Raises:
         UserError: the index is damaged or of a newer lomar, or a shard is missing or cut short.
     """
-    file = folder / INDEX_FILE
+    index = parsed_index(folder / INDEX_FILE, where)
+    shards = index.members.shards
+    here = tuple(Shard(str(folder / shard.path), shard.size, shard.sha256) for shard in shards)
+    for shard in here:
+        _check_size(shard, where)
+    return replace(index, members=replace(index.members, shards=here))
+
+
+def parsed_index(file: Path, where: str) -> Index:
+    """What a file of an index says, with the shards' names.
+
+    Raises:
+        UserError: it is damaged or of a newer lomar.
+    """
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
             about = json.loads(opened.metadata()[_METADATA])
@@ -219,10 +280,7 @@ def read_index(folder: Path, where: str) -> Index:
         raise UserError(f"{where}: cannot read {file}: {error.strerror or error}") from error
     except Exception as error:  # damaged bytes lead safetensors, JSON and NumPy to errors of any type
         raise UserError(f"{where}: {file} is damaged ({_short(error)}); prepare the images anew") from error
-    here = tuple(Shard(str(folder / shard.path), shard.size, shard.sha256) for shard in shards)
-    for shard in here:
-        _check_size(shard, where)
-    return replace(index, members=replace(members, shards=here))
+    return index
 
 
 def _plain(name: str) -> str:

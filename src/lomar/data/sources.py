@@ -1,4 +1,7 @@
-"""Where images come from: a folder, a list of paths, a folder that `lomar prepare` wrote, the embedded sample."""
+"""Where images come from: a folder, a list of paths, what `lomar prepare` wrote, tar files, libraries, the sample.
+
+Tar files, addresses and libraries have files of their own, which are imported when one is asked for.
+"""
 
 import hashlib
 import importlib.util
@@ -8,7 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from lomar.data.shards import Members, is_finished, is_unfinished, joined_members, nowhere, read_index
+from lomar.data.addresses import is_address
+from lomar.data.shards import (
+    Members,
+    ShardGroups,
+    grouped,
+    is_finished,
+    is_unfinished,
+    joined_members,
+    nowhere,
+    read_index,
+)
 from lomar.errors import UserError
 
 # In a folder only files with these endings are taken, in either case; a list may name any file.
@@ -16,7 +29,8 @@ EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff"),
     *("pbm", "pgm", "ppm", "pnm", "jp2", "avif", "npy"),
 )
-_ENDINGS = tuple(f".{extension}".encode() for extension in EXTENSIONS)
+ENDINGS = tuple(f".{extension}".encode() for extension in EXTENSIONS)
+_LIBRARIES = ("hf:", "torchvision:")
 
 # Real photographs that the wheels of lomar's own dependencies carry: (package, folder, files).
 _SAMPLE = (
@@ -91,6 +105,20 @@ class ImageSource:
         except ValueError as error:  # a zero byte in it
             raise OSError(f"no path of a file: {error}") from error
 
+    def listed(self) -> "ImageSource":
+        """The same with all paths and places known; the few sources that find them out as they are read do so now.
+
+        Raises:
+            UserError: they cannot.
+        """
+        return self
+
+    def by_shard(self) -> ShardGroups | None:
+        """The images of each shard, where one must be fetched to be read; None where all are at hand."""
+        if self.members is None or not any(shard.remote for shard in self.members.shards):
+            return None
+        return grouped(self.members.shards, self.members.shard)
+
     def subset(self, indices: Iterable[int]) -> "ImageSource":
         """A source of the given files in the given order."""
         chosen = [int(index) for index in indices]
@@ -99,7 +127,12 @@ class ImageSource:
 
 
 def joined(sources: Sequence[ImageSource]) -> ImageSource:
-    """All images of several sources, one source after another."""
+    """All images of several sources, one source after another.
+
+    Raises:
+        UserError: one finds out what it holds as it is read, and cannot.
+    """
+    sources = [source.listed() for source in sources]
     paths = (source.path(index) for source in sources for index in range(len(source)))
     members = None
     if any(source.members for source in sources):
@@ -114,29 +147,40 @@ def open_source(data: str, flag: str = "--data") -> ImageSource:
         data: a folder (searched recursively, in sorted order, without hidden files), a `.txt` list of paths
             (one a line, relative to the list's folder; blank lines and lines that begin with # are skipped),
             one image file, a folder that `lomar prepare` wrote or a path of the originals in it (`prepared/train`),
-            or the word `sample` (a folder of that name is reached as `./sample`).
+            tar files (one, `x-{000..011}.tar`, `x-*.tar` or a folder that holds no image but tar files) or a path in
+            them, the address of tar files or of a prepared folder, `hf:NAME` or `torchvision:NAME`, or the word
+            `sample` (a folder of that name is reached as `./sample`).
         flag: the option the value came from, for messages.
 
     Raises:
-        UserError: nothing there, no image in it, or a prepared folder that is not finished or damaged.
+        UserError: nothing there, no image in it, a prepared folder that is not finished or damaged, an address that
+            cannot be read, or a library that is not installed.
     """
     if data == "sample":
         return _embedded_sample(flag)
+    if elsewhere := _elsewhere(data, flag):
+        return elsewhere
     path = Path(data)
     prepared = _prepared(path, flag)
     if prepared is not None:
         return _open_prepared(*prepared, data, flag)
     try:
         if path.is_dir():
-            source = ImageSource(data, _files_below(os.fsencode(data)))
+            source = ImageSource(data, _files_below(os.fsencode(data), ENDINGS))
             missing = f"no image in this folder; looked for {', '.join(EXTENSIONS)}"
+            if len(source) == 0 and (tars := list(_files_below(os.fsencode(data), (b".tar",)))):
+                return _open_tars([str(Path(data, os.fsdecode(tar))) for tar in tars], "", data, flag)
         elif path.is_file() and path.suffix.lower() == ".txt":
             source = images_at(str(path.parent), list(_listed(path)), flag)
             missing = "the list names no file"
-        elif path.is_file() and os.fsencode(data).lower().endswith(_ENDINGS):
+        elif path.is_file() and os.fsencode(data).lower().endswith(ENDINGS):
             source = ImageSource(str(path.parent), [os.fsencode(path.name)])
         elif path.exists():
-            raise UserError(f"{flag} {data}: neither a folder, an image, a .txt list of paths nor 'sample'")
+            raise UserError(
+                f"{flag} {data}: neither a folder, an image, a .txt list of paths, a .tar file nor 'sample'"
+            )
+        elif tars_above := _folder_of_tars(path):
+            return _open_tars(*tars_above, data, flag)
         else:
             raise UserError(f"{flag} {data}: no such folder or file")
     except OSError as error:
@@ -146,8 +190,50 @@ def open_source(data: str, flag: str = "--data") -> ImageSource:
     return source
 
 
+def _elsewhere(data: str, flag: str) -> ImageSource | None:
+    """The images of tar files, an address or a library; None where the value is none of them.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if data.startswith(_LIBRARIES):
+        from lomar.data.libraries import open_library
+
+        return open_library(data, flag)
+    if is_address(data):
+        from lomar.data.archives import open_address
+
+        return open_address(data, flag)
+    tars = _local_tars(data, flag)
+    return _open_tars(*tars, data, flag) if tars else None
+
+
+def _local_tars(data: str, flag: str) -> tuple[list[str], str] | None:
+    """The tar files that a path stands for, and the path in them; None where it stands for none that is there.
+
+    Raises:
+        UserError: they are compressed, or too many.
+    """
+    from lomar.data.archives import local_tars
+
+    return local_tars(data, flag)
+
+
+def _open_tars(tars: Sequence[str], inside: str, data: str, flag: str) -> ImageSource:
+    from lomar.data.archives import open_tars
+
+    return open_tars(tars, inside, data, flag)
+
+
+def _folder_of_tars(path: Path) -> tuple[list[str], str] | None:
+    """The tar files in the folder that a path leads into, and the path in them; None where it leads into no such."""
+    folder = next((place for place in path.parents if place.is_dir()), Path())
+    tars = sorted(folder.glob("*.tar")) if folder != Path() else []  # where one happens to be is not asked for
+    return ([str(tar) for tar in tars], path.relative_to(folder).as_posix()) if tars else None
+
+
 def images_at(root: str, paths: Sequence[bytes], flag: str) -> ImageSource:
-    """The files of these paths; where the root is a prepared folder, or lies in one, those that it holds.
+    """The files of these paths; where the root is or lies in a prepared folder or tar files, those that they hold.
 
     Args:
         root: what relative paths start from.
@@ -157,10 +243,13 @@ def images_at(root: str, paths: Sequence[bytes], flag: str) -> ImageSource:
     Raises:
         UserError: the prepared folder is not finished, or damaged.
     """
-    prepared = _prepared(Path(root), flag) if root else None
-    if prepared is None:
+    held: ImageSource
+    if root and (tars := _local_tars(root, flag)):
+        held = _open_tars(*tars, root, flag)
+    elif root and (prepared := _prepared(Path(root), flag)):
+        held = _open_prepared(*prepared, root, flag)
+    else:
         return ImageSource(root, paths)
-    held = _open_prepared(*prepared, root, flag)
     asked = {os.path.normpath(path): -1 for path in paths}
     for index in range(len(held)):
         path = held.relative_path(index)
@@ -171,32 +260,45 @@ def images_at(root: str, paths: Sequence[bytes], flag: str) -> ImageSource:
 
 
 def is_there(path: str) -> bool:
-    """Whether there is a file or folder of this name, or one among the originals of a prepared folder."""
+    """Whether there is a file or folder of this name, or one in a prepared folder or tar files of this machine."""
+    if path.startswith(_LIBRARIES) or is_address(path):
+        return False
     try:
         if Path(path).exists():
             return True
-        prepared = _prepared(Path(path), "")
-        return prepared is not None and len(_open_prepared(*prepared, path, "")) > 0
+        tars = _local_tars(path, "")
+        if not tars and (prepared := _prepared(Path(path), "")):
+            return len(_open_prepared(*prepared, path, "")) > 0
+        tars = tars or _folder_of_tars(Path(path))
+        return tars is not None and (not tars[1] or len(_open_tars(*tars, path, "")) > 0)
     except (UserError, OSError, ValueError):  # also a name that is too long, or no name
         return False
 
 
 def folders_in(path: str, flag: str) -> list[str]:
-    """Names of the folders right below a folder, prepared or not; none where it cannot be read.
+    """Names of the folders right below a folder, prepared or not, or in tar files; none where it cannot be read.
 
     Raises:
-        UserError: the prepared folder is not finished, or damaged.
+        UserError: the prepared folder is not finished, or damaged, or the tar files cannot be read.
     """
-    prepared = _prepared(Path(path), flag)
-    if prepared is not None:
-        source = _open_prepared(*prepared, path, flag)
-        parts = (source.relative_path(index).split(b"/", 1) for index in range(len(source)))
-        return sorted({os.fsdecode(part[0]) for part in parts if len(part) > 1})
-    try:
-        with os.scandir(path) as entries:
-            return [entry.name for entry in entries if entry.is_dir()]
-    except OSError:
+    if path.startswith(_LIBRARIES):
         return []
+    source = _elsewhere(path, flag)
+    if source is None and (prepared := _prepared(Path(path), flag)) is not None:
+        source = _open_prepared(*prepared, path, flag)
+    if source is None:
+        try:
+            with os.scandir(path) as entries:
+                children = [(entry.name, entry.is_dir()) for entry in entries]
+        except OSError:
+            return []
+        folders = [name for name, is_folder in children if is_folder]
+        if folders or not any(name.endswith(".tar") for name, _ in children):
+            return folders
+        source = open_source(path, flag)
+    source = source.listed()
+    parts = (source.relative_path(index).split(b"/", 1) for index in range(len(source)))
+    return sorted({os.fsdecode(part[0]) for part in parts if len(part) > 1})
 
 
 def _prepared(path: Path, flag: str) -> tuple[Path, bytes] | None:
@@ -238,8 +340,9 @@ def _open_prepared(folder: Path, inside: bytes, data: str, flag: str) -> ImageSo
     return ImageSource(str(Path(data).parent), [inside.rsplit(b"/", 1)[-1]], index.members.subset(found))
 
 
-def _files_below(root: bytes) -> Iterator[bytes]:
-    """Paths of the images below a folder, relative to it, sorted folder by folder; runs of lomar are left out."""
+def _files_below(root: bytes, endings: tuple[bytes, ...]) -> Iterator[bytes]:
+    """Paths of the files of some endings below a folder, relative to it, sorted folder by folder; runs of lomar are
+    left out."""
     seen: set[tuple[int, int]] = set()  # a symbolic link may lead back up: enter each real folder once
 
     def walk(folder: bytes, prefix: bytes) -> Iterator[bytes]:
@@ -256,7 +359,7 @@ def _files_below(root: bytes) -> Iterator[bytes]:
         for name, is_folder in children:
             if is_folder:
                 yield from walk(os.path.join(folder, name), prefix + name + b"/")  # noqa: PTH118
-            elif name.lower().endswith(_ENDINGS):
+            elif name.lower().endswith(endings):
                 yield prefix + name
 
     return walk(root, b"")

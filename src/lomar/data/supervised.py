@@ -18,6 +18,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lomar.data.ahead import fetched_ahead
 from lomar.data.augment import LUMA, ColorJitter, clamped_crop, random_resized_crop
 from lomar.data.decode import Image as DecodedImage
 from lomar.data.decode import PixelFormat
@@ -31,6 +32,7 @@ from lomar.data.loader import (
     share_of_batch,
     stream,
 )
+from lomar.data.order import Order, order_of
 from lomar.errors import UserError
 from lomar.seeding import globally_seeded, seeded
 
@@ -107,6 +109,7 @@ class _Augmented(Dataset[MicroBatch]):
     """Samples of the stream: crops, augmented, with soft targets."""
 
     labelled: Labelled
+    order: Order
     fmt: PixelFormat
     augmentation: Augmentation
     normalise: Callable[[Tensor], Tensor]
@@ -124,7 +127,7 @@ class _Augmented(Dataset[MicroBatch]):
         bad: list[tuple[str, str]] = []
         try:
             for key in keys:
-                crop, index = readable_sample(self.labelled.source, key, self.seed, bad, self._crop)
+                crop, index = readable_sample(self.labelled.source, self.order, key, self.seed, bad, self._crop)
                 if self.augmentation.color_jitter:
                     colour = seeded(self.seed, key.epoch, key.index, "colour")
                     crop = ColorJitter.draw(self.augmentation.color_jitter, colour)(crop)
@@ -183,7 +186,10 @@ def _changed(crop: np.ndarray, policy: Callable[..., Image.Image] | None) -> np.
     if policy is None:
         return crop
     colour = np.repeat(crop, 3, axis=0) if len(crop) == 1 else crop
-    changed = np.array(policy(Image.fromarray(colour.transpose(1, 2, 0)))).transpose(2, 0, 1)
+    try:
+        changed = np.array(policy(Image.fromarray(colour.transpose(1, 2, 0)))).transpose(2, 0, 1)
+    except ValueError:  # timm's Posterize may keep no bit at all, which Pillow 13 refuses
+        changed = colour
     if len(crop) == 3:
         return changed
     return np.tensordot(np.array([LUMA], dtype=np.float32), changed, axes=1).round().astype(crop.dtype)
@@ -228,6 +234,8 @@ def training_batches(
     share = share_of_batch(batch_size, rank, world_size)
     if augmentation.mixes and (share.start % 2 or share.stop % 2 or micro_batch % 2):
         raise ValueError("images are mixed two and two: batch, shares of it and micro-batches must be even")
-    images = _Augmented(labelled, fmt, augmentation, normalise, depth, seed, last_slot=share.stop - 1)
-    batches = islice(stream(len(labelled), seed, batch_size, first_batch), total_batches - first_batch)
-    return loaded(images, micro_batch_keys(batches, share, micro_batch), workers, pin_memory)
+    order = order_of(labelled.source, seed, batch_size)
+    images = _Augmented(labelled, order, fmt, augmentation, normalise, depth, seed, last_slot=share.stop - 1)
+    batches = islice(stream(order, batch_size, first_batch), total_batches - first_batch)
+    keys = micro_batch_keys(batches, share, micro_batch)
+    return loaded(fetched_ahead(images, order, share), keys, workers, pin_memory)

@@ -1,7 +1,6 @@
 """What the files of a source are, learnt from a few of them before anything is started."""
 
 import os
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from statistics import median_low
 import numpy as np
 
 from lomar.data.augment import centre_crop
-from lomar.data.decode import PixelFormat, read_image
+from lomar.data.decode import PixelFormat, quietly, read_image
 from lomar.data.sources import ImageSource
 from lomar.errors import BadImageError, UserError
 
 _DTYPES_BY_WIDTH = ("uint8", "uint16", "float32")
+_FETCHED = 4  # shards that are looked into, where they must be fetched
 _PROBE_SIDE_PX = 16  # small, so that JPEG decodes at an eighth; the whole file is still read to its end
 
 
@@ -69,9 +69,8 @@ def survey(
     Raises:
         UserError: too many unreadable files, or channel counts that do not go together.
     """
-    indices = spread(len(source), limit)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # oddities of files that can be read
+    indices = spread_over(source, limit)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, quietly():
         outcomes = list(pool.map(lambda index: _probe(source, index), indices))
     readable = [outcome for outcome in outcomes if isinstance(outcome, _Probe)]
     unreadable = [outcome for outcome in outcomes if not isinstance(outcome, _Probe)]
@@ -101,6 +100,15 @@ def survey(
 def spread(count: int, limit: int) -> list[int]:
     """At most `limit` indices below `count`, evenly spread."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(int).tolist()
+
+
+def spread_over(source: ImageSource, limit: int) -> list[int]:
+    """At most `limit` images of a source, evenly spread; where shards must be fetched, over a few of these."""
+    groups = source.by_shard()
+    if groups is None:
+        return spread(len(source), limit)
+    places = [place for shard in spread(len(groups.shards), _FETCHED) for place in groups.of(shard)]
+    return [int(groups.indices[places[number]]) for number in spread(len(places), limit)]
 
 
 def _probe(source: ImageSource, index: int) -> _Probe | tuple[str, str]:
@@ -157,8 +165,8 @@ def channel_statistics(
         values = pixels.reshape(fmt.channels, -1).astype(np.float64) / fmt.scale  # (C, size_px ** 2)
         return np.stack([values.mean(axis=1), (values**2).mean(axis=1)])  # (2, C)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = [pair for pair in pool.map(moments, spread(len(source), limit)) if pair is not None]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, quietly():
+        found = [pair for pair in pool.map(moments, spread_over(source, limit)) if pair is not None]
     if not found:
         raise UserError("no image can be read to estimate mean and standard deviation from")
     mean, square = np.mean(found, axis=0)

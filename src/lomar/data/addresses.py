@@ -1,0 +1,72 @@
+"""Names that stand for many files: braces and wildcards; and which names are addresses in a network."""
+
+import re
+from pathlib import Path
+
+MOST_NAMES = 100_000  # that braces may stand for; a hundred thousand shards of 1 GB are 100 TB
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
+_TAR = re.compile(r"\.tar(\?[^/]*)?(?=/|$)", re.IGNORECASE)  # an address may have a query behind it
+
+
+def is_address(name: str) -> bool:
+    """Whether a name is an address, https://host/x.tar or s3://bucket/x.tar, and no path."""
+    return _ADDRESS.match(name) is not None
+
+
+def has_wildcards(name: str) -> bool:
+    """Whether a name stands for what matches it. In an address of the web a question mark begins the query."""
+    signs = "*[" if name.lower().startswith("http") else "*[?"
+    path = name.partition("://")[2].partition("/")[2] if is_address(name) else name  # a host may be [::1]
+    return any(sign in path for sign in signs)
+
+
+def has_braces(name: str) -> bool:
+    """Whether a name has braces that stand for several names."""
+    return any(_RANGE.fullmatch(inside) or "," in inside for inside in _BRACES.findall(name))
+
+
+def without_braces(name: str) -> list[str]:
+    """All names that one with braces stands for, in order: {000..011} counts, with its zeros, {a,b} lists.
+
+    Raises:
+        ValueError: they are more than MOST_NAMES.
+    """
+    for braces in _BRACES.finditer(name):
+        if (inside := _expanded(braces[1])) is not None:
+            before, after = name[: braces.start()], name[braces.end() :]
+            names: dict[str, None] = {}  # in order, each once
+            for middle in inside:
+                names |= dict.fromkeys(without_braces(before + middle + after))
+                if len(names) > MOST_NAMES:
+                    raise ValueError(f"the braces stand for more than {MOST_NAMES:,} names")
+            return list(names)
+    return [name]
+
+
+def _expanded(inside: str) -> list[str] | None:
+    """What one pair of braces stands for; None where it stands for itself."""
+    if "," in inside:
+        return inside.split(",")
+    ends = _RANGE.fullmatch(inside)
+    if ends is None:
+        return None
+    first, last = int(ends[1]), int(ends[2])
+    if abs(last - first) >= MOST_NAMES:
+        raise ValueError(f"the braces stand for more than {MOST_NAMES:,} names")
+    width = max(map(len, ends.groups())) if any(len(end) > 1 and end[0] == "0" for end in ends.groups()) else 0
+    step = 1 if first <= last else -1
+    return [f"{number:0{width}d}" for number in range(first, last + step, step)]
+
+
+def tars_and_inside(name: str) -> tuple[str, str] | None:
+    """A name cut behind the first `.tar`: the tar files, and the path in them ("" for all of it); None without one."""
+    found = _TAR.search(name)
+    return (name[: found.end()], name[found.end() :].strip("/")) if found else None
+
+
+def within(path: str, name: str) -> str:
+    """The name of something in a folder, in tar files or below an address."""
+    return f"{path.rstrip('/')}/{name}" if is_address(path) else str(Path(path, name))

@@ -1,0 +1,315 @@
+"""Shards from a network, through fsspec: listed, fetched whole into the cache with retries, and read there like others.
+
+Of one machine's processes and threads one fetches a shard, and the others wait for it. It comes under another name,
+is checked and renamed, so that a file in the cache is whole. What cannot be fetched is not asked for again for a while,
+so that its images cost little; they count as unreadable.
+"""
+
+import errno
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from lomar.data.addresses import has_wildcards, without_braces
+from lomar.data.cache import SHARDS, alone, cache_folder, cache_limit, key_of, make_room
+from lomar.data.shards import Shard, sha256_of
+from lomar.errors import UserError
+from lomar.files import flush_to_disk
+
+_TRIES = 6
+_FIRST_WAIT_S = 0.5  # then twice as long each time: 16 s in all
+_FORGIVEN_S = 300.0  # until a shard that could not be fetched is asked for again
+_AT_ONCE = 16  # questions to a server
+_SILENCE_S = 60  # of a server, after which a connection counts as lost
+_MOST_TEXT_BYTES = 2**28
+_OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# What stores call the version of a file.
+_VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "Last-Modified", "LastModified", "mtime", "updated", "created")
+_PACKAGES = {"s3": "lomar[s3]", "s3a": "lomar[s3]", "gs": "lomar[gs]", "gcs": "lomar[gs]"}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RemoteShard(Shard):
+    """A tar file at an address, read from the cache once it is there.
+
+    Args:
+        path: the address.
+        size: in bytes; -1 where the server does not say.
+        sha256: of its content; "" where it is not known.
+        version: what the server says of its version.
+    """
+
+    version: str = ""
+    remote: ClassVar[bool] = True
+
+    @property
+    def key(self) -> str:
+        """Of this version of the file in the cache."""
+        return key_of(self.path, self.size, self.version)
+
+    @property
+    def file(self) -> Path:
+        """Where it is in the cache, or will be."""
+        return cache_folder() / SHARDS / f"{self.key}.tar"
+
+    def open(self) -> int:
+        """A descriptor of the file in the cache; it is fetched first where it is not there.
+
+        Raises:
+            OSError: it cannot be fetched.
+        """
+        file = self.file
+        for _ in range(3):
+            try:
+                opened = os.open(file, os.O_RDONLY)
+            except FileNotFoundError:
+                self.fetch()
+                continue
+            if self.size in (-1, os.fstat(opened).st_size):
+                with suppress(OSError):
+                    os.utime(file)  # read last, so deleted last
+                return opened
+            os.close(opened)  # a disk that was full or failed has left less
+            file.unlink(missing_ok=True)
+        raise OSError(f"{self.path} is deleted from the cache as soon as it is there; LOMAR_CACHE_GB must be larger")
+
+    def fetch(self, wait: bool = True) -> None:
+        """Have the file in the cache.
+
+        Args:
+            wait: where another process or thread fetches it, until it has done so.
+
+        Raises:
+            OSError: it cannot be fetched.
+        """
+        file = self.file
+        if file.exists():
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with alone("shard", self.key, wait) as mine:
+            if not mine or file.exists():
+                return
+            failed = file.with_suffix(".failed")
+            if (reason := _recent(failed)) is not None:
+                raise OSError(reason)
+            try:
+                self._fetch(file)
+                failed.unlink(missing_ok=True)
+            except OSError as error:
+                if error.errno not in _OF_THIS_DISK or error.filename == self.path:
+                    failed.write_text(error.strerror or str(error), encoding="utf-8", errors="replace")
+                raise
+
+    def _fetch(self, file: Path) -> None:
+        if self.size > cache_limit():
+            raise OSError(f"{self.path} has {self.size / 1e9:.1f} GB, more than LOMAR_CACHE_GB allows")
+        part = file.with_suffix(".part")
+        make_room(max(self.size, 0))
+
+        def get() -> None:
+            system, path = file_system(self.path)
+            system.get_file(path, str(part))
+            size = part.stat().st_size
+            if self.size not in (-1, size):
+                raise OSError(f"{size:,} bytes came instead of {self.size:,}")
+            if self.sha256 and sha256_of(part) != self.sha256:
+                raise OSError("its content is not what lomar prepare wrote")
+
+        try:
+            patiently(get, self.path)
+            flush_to_disk(part)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _recent(failed: Path) -> str | None:
+    """Why a shard could not be fetched a short while ago; None if it was not so."""
+    try:
+        if time.time() - failed.stat().st_mtime < _FORGIVEN_S:
+            return failed.read_text(encoding="utf-8")
+    except OSError:
+        pass
+    return None
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the path there.
+
+    Raises:
+        UserError: the protocol is unknown, or a package for it is not installed.
+    """
+    import fsspec
+
+    protocol = address.partition("://")[0].lower()
+    options: dict[str, Any] = {}
+    if protocol in ("http", "https"):
+        options = {"client_kwargs": _client_options()}
+    try:
+        return fsspec.core.url_to_fs(address, **options)
+    except ImportError as error:
+        package = _PACKAGES.get(protocol)
+        how = f"pip install '{package}'" if package else " ".join(str(error).split())
+        raise UserError(f"{address}: {protocol}:// needs a package that is not installed; {how}") from None
+    except ValueError:
+        raise UserError(f"{address}: {protocol}:// is no protocol that fsspec knows") from None
+
+
+@cache
+def _client_options() -> Mapping[str, Any]:
+    """Of connections: fsspec's own end after five minutes, which a large shard may take."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
+    return {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
+
+
+def patiently(ask: Callable[[], T], address: str) -> T:
+    """What a server answers, asked again with growing pauses where it fails for now.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PermissionError: it may not be read.
+        UserError: the address cannot be asked for at all.
+        OSError: it fails each time, or for good; one line that says why.
+    """
+    for attempt in range(_TRIES):
+        try:
+            return ask()
+        except UserError:
+            raise
+        except Exception as error:  # each file system has errors of its own
+            reason = _reason(error)
+            if isinstance(error, OSError) and error.errno in _OF_THIS_DISK and error.filename:
+                raise OSError(error.errno, f"cannot be kept in {cache_folder()}: {error.strerror}") from error
+            if not _may_pass(error):
+                raise _final(error, address) from None
+            if attempt < _TRIES - 1:
+                # Not all at the same moment, and without a draw from the run's own chance.
+                time.sleep(_FIRST_WAIT_S * 2**attempt * random.SystemRandom().uniform(0.5, 1.5))
+    raise OSError(f"cannot be fetched in {_TRIES} tries: {reason}")
+
+
+def _cause(error: BaseException) -> tuple[BaseException, int]:
+    """What is behind an error, and what the server answered; 0 where it did not. fsspec calls much "not found"."""
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+    status = getattr(cause, "status", None)
+    return cause, status if isinstance(status, int) else 0
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether asking again may help."""
+    cause, status = _cause(error)
+    if status:
+        return status >= 500 or status in (408, 425, 429)
+    return not isinstance(cause, FileNotFoundError | PermissionError | NotImplementedError | TypeError)
+
+
+def _final(error: BaseException, address: str) -> OSError:
+    """What is said of an error that asking again does not help."""
+    cause, status = _cause(error)
+    if status in (404, 410) or (isinstance(cause, FileNotFoundError) and not status):
+        return FileNotFoundError(errno.ENOENT, "there is no such file", address)
+    if status in (401, 403) or isinstance(cause, PermissionError):
+        return PermissionError(errno.EACCES, f"may not be read ({_reason(error)})", address)
+    return OSError(f"cannot be fetched: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    cause, status = _cause(error)
+    if status:
+        return f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
+    return " ".join(str(cause).split())[:200] or type(cause).__name__
+
+
+def listed(names: str, where: str) -> list[RemoteShard]:
+    """The shards that an address stands for, with its braces and wildcards.
+
+    Args:
+        names: the address.
+        where: the option it came from, and its value, for messages.
+
+    Raises:
+        UserError: one is not there, none is, or the server does not answer.
+    """
+    try:
+        addresses = without_braces(names)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    try:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            matching = [match for some in pool.map(_matching, addresses) for match in some]
+            found = list(pool.map(lambda match: match if isinstance(match, RemoteShard) else shard_at(match), matching))
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename and error.filename != names else ""
+        raise UserError(f"{where}: {file}{error.strerror or error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not found:
+        raise UserError(f"{where}: no tar file is there")
+    return found
+
+
+def _matching(address: str) -> list[RemoteShard | str]:
+    """What an address with wildcards stands for; addresses where nothing more is told of it."""
+    if not has_wildcards(address):
+        return [address]
+    system, path = file_system(address)
+    try:
+        matches = patiently(lambda: system.glob(path, detail=True), address)
+    except FileNotFoundError:
+        return []
+    found = {system.unstrip_protocol(name): info for name, info in sorted(matches.items())}
+    # A page of links says nothing of what they lead to.
+    return [
+        each if info.get("size") is None else _shard(each, info)
+        for each, info in found.items()
+        if info.get("type") != "directory"
+    ]
+
+
+def shard_at(address: str) -> RemoteShard:
+    """A file at an address, of which nothing is fetched.
+
+    Raises:
+        OSError, UserError: as of `patiently`.
+    """
+    system, path = file_system(address)
+    return _shard(address, patiently(lambda: system.info(path), address))
+
+
+def _shard(address: str, info: Mapping[str, Any]) -> RemoteShard:
+    size = info.get("size")
+    version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
+    return RemoteShard(address, int(size) if size is not None else -1, "", version)
+
+
+def text_at(address: str) -> bytes | None:
+    """The content of a small file; None where there is none that may be read.
+
+    Raises:
+        OSError: the server fails.
+    """
+    system, path = file_system(address)
+    try:
+        info = patiently(lambda: system.info(path), address)
+        if (info.get("size") or 0) > _MOST_TEXT_BYTES or info.get("type") == "directory":
+            return None
+        return patiently(lambda: system.cat_file(path), address)
+    except (FileNotFoundError, PermissionError):
+        return None
+
+
+def texts_at(addresses: Iterable[str]) -> list[bytes | None]:
+    """The same of several, many at once."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(text_at, addresses))
