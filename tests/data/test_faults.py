@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from lomar.data import loader
+from lomar.data import workers
 from lomar.data.decode import PixelFormat
-from lomar.data.loader import CropPlan, MicroBatch, SampleKey, loaded, pretraining_batches
+from lomar.data.loader import CropPlan, MicroBatch, SampleKey, pretraining_batches
 from lomar.data.sources import ImageSource, open_source
 from lomar.data.survey import channel_statistics, survey
+from lomar.data.workers import loaded
 from lomar.errors import TrainingError, UserError
 
 RGB8 = PixelFormat(3, "uint8")
@@ -323,8 +324,8 @@ def test_a_handler_of_ended_children_that_was_there_is_kept() -> None:
 def test_a_worker_that_hangs_is_told_now_and_then_and_waited_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loader, "_LOOK_SECONDS", 1)
-    monkeypatch.setattr(loader, "_PATIENCE_SECONDS", 1)
+    monkeypatch.setattr(workers, "_LOOK_SECONDS", 1)
+    monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 1)
     numbers = loaded(Failing(lambda: time.sleep(3.5) or 5), ([n] for n in range(9)), workers=2, pin_memory=False)
     assert list(numbers) == list(range(9))
     told = capsys.readouterr().err.splitlines()

@@ -339,7 +339,7 @@ def test_centre_crops_come_in_order_with_bad_files_marked(folder, workers):
 
 KILLED = """
 import multiprocessing, sys, time, torch
-from lomar.data.loader import loaded
+from lomar.data.workers import loaded
 
 class Large(torch.utils.data.Dataset):
     def __getitems__(self, keys):

@@ -10,7 +10,7 @@ from torch import Tensor
 from lomar.commands.panels import caption, central_crops, panels, tokenised_crops
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import LabelledData, evaluation_split
-from lomar.data.loader import centre_crops
+from lomar.data.loader import centre_crops, share_of
 from lomar.data.sources import ImageSource
 from lomar.data.survey import spread
 from lomar.downstream.features import Wanted, frozen_features
@@ -22,7 +22,7 @@ from lomar.figures.reconstruction import figure7
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.model.encoder import crop_pct
 from lomar.options import PretrainOptions
-from lomar.training.processes import gathered, share_of
+from lomar.training.processes import gathered
 from lomar.training.records import Metrics, Row
 
 TOKENS_AT_ONCE = 64 * 196  # of an evaluation batch: attention grows with their square
@@ -93,7 +93,7 @@ class Evaluation:
         self._cache: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, step: int) -> Row:
-        """Named numbers at a step."""
+        """Named numbers at a step, of the first process; the others make features for it."""
         with self.fabric.autocast():
             numbers = self._numbers()
             if not self.fabric.is_global_zero:
@@ -107,12 +107,14 @@ class Evaluation:
     def _numbers(self) -> Row:
         if self.labelled is None:
             features, good = self._features("unlabelled", self.unlabelled)
-            return {"effective_rank": round(effective_rank(features[good]), 3)} if good.any() else {}
+            if not (good.any() and self.fabric.is_global_zero):
+                return {}
+            return {"effective_rank": round(effective_rank(features[good]), 3)}
         bank, bank_good = self._features("bank", self.labelled.train.source)
         queries, queries_good = self._features("queries", self.labelled.val.source)
         bank_labels = torch.from_numpy(self.labelled.train.labels)[bank_good]
         query_labels = torch.from_numpy(self.labelled.val.labels)[queries_good]
-        if not (bank_good.any() and queries_good.any()):
+        if not (bank_good.any() and queries_good.any() and self.fabric.is_global_zero):
             return {}
         return {"knn_top1": round(knn_top1(bank[bank_good], bank_labels, queries[queries_good], query_labels), 5)}
 
@@ -122,7 +124,7 @@ class Evaluation:
         Each process makes those of its share of the images.
         """
         encoder = self.method.architecture.encoder
-        share = source.subset(share_of(len(source), self.fabric))
+        share = source.subset(share_of(len(source), self.fabric.global_rank, self.fabric.world_size))
         if len(share):
             crops = self._crops(name, share)
             (features,), good = frozen_features(

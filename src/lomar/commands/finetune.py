@@ -13,9 +13,9 @@ from torch import nn
 
 from lomar.commands.finetune_settling import LAST_FILE, SettledFinetuning, settle, settle_again
 from lomar.commands.judging import EVALUATION_FILE, judged, numbers_of, summary, write_judgement
-from lomar.commands.runs import CONFIG_FILE, asked_for, begun, goes_on, raise_unless_done
+from lomar.commands.runs import CONFIG_FILE, asked_for, begun, goes_on, holds_run, raise_unless_done
 from lomar.data.labels import Labelled
-from lomar.data.loader import MicroBatch
+from lomar.data.loader import MicroBatch, share_of
 from lomar.data.supervised import training_batches
 from lomar.downstream.classify import Classification, joined_judgement
 from lomar.errors import UserError
@@ -26,7 +26,7 @@ from lomar.options import FinetuneOptions, converted
 from lomar.training.checkpoint import FOLDER
 from lomar.training.loop import Course, Trainer
 from lomar.training.optim import Schedule, layerwise_adamw
-from lomar.training.processes import make_fabric, said_by_all, share_of
+from lomar.training.processes import make_fabric, said_by_all
 from lomar.training.records import Display, Metrics, Row
 from lomar.training.signals import StopRequest
 
@@ -68,7 +68,7 @@ def command(given: Mapping[str, Any]) -> int:
     """Run `lomar finetune` with the options that were given; returns the exit status."""
     asked = _asked_for(given)
     run = Path(asked["out"])
-    resume = goes_on(run, asked)
+    resume = goes_on(holds_run(run), asked)
     settled = (settle_again if resume else settle)(asked, run)
     options = settled.options
     fabric = make_fabric(settled.hardware.device, options.precision, options.strategy)
@@ -209,7 +209,9 @@ class Evaluation:
         """How a classifier on the device does on the images that judge, of which each process looks at a share."""
         settled = self.settled
         classes, workers = len(settled.data.classes), settled.options.workers
-        share = settled.data.val.subset(np.array(share_of(len(settled.data.val), self.fabric)))
+        share = settled.data.val.subset(
+            np.array(share_of(len(settled.data.val), self.fabric.global_rank, self.fabric.world_size))
+        )
         found = judged(classifier, share, classes, settled.input, self.fabric.device, JUDGED_AT_ONCE, workers)
         return joined_judgement(said_by_all(self.fabric, [found]))
 

@@ -15,7 +15,7 @@ import numpy as np
 from lomar import __version__
 from lomar.commands.automatic import find_hardware
 from lomar.commands.progress import watched
-from lomar.commands.runs import asked_for, raise_unless_done
+from lomar.commands.runs import asked_for, goes_on, raise_unless_done
 from lomar.data.preparing import Preparation, Prepared, prepared_images
 from lomar.data.shard_writer import ShardWriter, discard, member_name, more_than_once, without_ending
 from lomar.data.shards import Index, damaged, is_finished, is_unfinished, read_index
@@ -53,20 +53,17 @@ def command(given: Mapping[str, Any]) -> int:
     out = Path(given["out"])
     if asked.get("verify"):
         return _verify(out)
-    if asked.get("resume") and asked.get("overwrite"):
-        raise UserError("--resume and --overwrite are both given; give one")
-    if asked.get("resume") and is_finished(out):
+    resume = goes_on(is_unfinished(out) or is_finished(out), asked)
+    if resume and is_finished(out):
         index = read_index(out, f"--out {out}")
         _check_same(asked, index.settings, out)
         sys.stdout.write(f"{out} is finished: {len(index.ends)} images\n")
         return 0
     try:
-        # One command line serves a job that is started again and again.
-        resume = asked.get("resume") and (is_unfinished(out) or "data" not in asked)
         return _resume(out, asked) if resume else _begin(out, asked)
     except OSError as error:
-        goes_on = "; --resume goes on when it can" if is_unfinished(out) else ""
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}{goes_on}") from error
+        hint = "; --resume goes on when it can" if is_unfinished(out) else ""
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}{hint}") from error
 
 
 def _begin(out: Path, asked: Mapping[str, Any]) -> int:

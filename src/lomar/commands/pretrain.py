@@ -8,7 +8,7 @@ import torch
 from lightning_fabric import Fabric
 
 from lomar.commands.evaluation import Evaluation, evaluation_data
-from lomar.commands.runs import CONFIG_FILE, begun, goes_on, raise_unless_done
+from lomar.commands.runs import CONFIG_FILE, begun, goes_on, holds_run, raise_unless_done
 from lomar.commands.settling import TOKENIZER_FILE, Settled, asked_for_pretraining, settle, settle_again
 from lomar.data.labels import LabelledData
 from lomar.data.loader import CropPlan, MicroBatch, pretraining_batches
@@ -66,7 +66,7 @@ def command(given: Mapping[str, Any]) -> int:
     if "out" not in asked:
         raise UserError("--out is missing: the folder in which to make the run")
     run = Path(asked["out"])
-    resume = goes_on(run, asked)
+    resume = goes_on(holds_run(run), asked)
     settled = settle_again(asked, run) if resume else settle(asked, run, typed=given)
     options, notes = settled.options, settled.notes
     labelled = None

@@ -16,7 +16,7 @@ from lomar.commands.probe_cache import Cached, StoppedError, cache_plan, cached_
 from lomar.commands.probe_learning import Learner, MaeProbe, SweepProbe
 from lomar.commands.probe_results import HEAD_FILE, RESULT_FILE, finish_mae, finish_sweep
 from lomar.commands.probe_settling import SettledProbe, asked_for_probe, settle, settle_again
-from lomar.commands.runs import CONFIG_FILE, begun, goes_on
+from lomar.commands.runs import CONFIG_FILE, begun, goes_on, holds_run
 from lomar.downstream.embedding import partial_of
 from lomar.downstream.embedding_writer import discard
 from lomar.downstream.probe import Columns, head_inputs, parts_of
@@ -49,7 +49,7 @@ def command(given: Mapping[str, Any]) -> int:
     """Run `lomar probe` with the options that were given; returns the exit status."""
     asked = asked_for_probe(given)
     folder = Path(asked["out"])
-    resume = goes_on(folder, asked)
+    resume = goes_on(holds_run(folder), asked)
     finished = (folder / RESULT_FILE).exists()
     settled = (settle_again if resume else settle)(asked, folder)
     fabric = make_fabric(settled.encoder.hardware.device, "fp32")

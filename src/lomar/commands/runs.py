@@ -19,6 +19,7 @@ from lomar.data.survey import Survey
 from lomar.errors import UserError
 from lomar.files import LOCK_FILE, only_writer, write_atomically
 from lomar.launch import launched
+from lomar.methods.cost import TRAINED_BYTES
 from lomar.model.attention import as_fused
 from lomar.options import (
     AUTO,
@@ -93,17 +94,17 @@ def check_processes(batch_size: int, strategy: str) -> None:
         )
 
 
-def goes_on(run: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether --resume goes on with a run; where there is none, and --data says of what, it begins one.
+def goes_on(there: bool, asked: Mapping[str, Any]) -> bool:
+    """Whether --resume goes on with what is there; where nothing is, and --data says of what, it begins.
 
     So one command line serves a job that is started again and again.
 
     Raises:
-        UserError: it is also asked to delete the run.
+        UserError: it is also asked to delete it.
     """
     if asked.get("resume") and asked.get("overwrite"):
         raise UserError("--resume and --overwrite are both given; give one")
-    return bool(asked.get("resume")) and (holds_run(run) or "data" not in asked)
+    return bool(asked.get("resume")) and (there or "data" not in asked)
 
 
 def holds_run(run: Path) -> bool:
@@ -259,8 +260,7 @@ def fitting_micro_batch(
     share = -(-batch_size // launched().count)
     with as_fused() if hardware.device == "cuda" else nullcontext():
         an_image = sum(each(2) - each(1) for each in (kept, again) if each)
-    # Weight, gradient and two moments in float32.
-    return micro_batch(an_image, 16 * weights, share, hardware)
+    return micro_batch(an_image, TRAINED_BYTES * weights, share, hardware)
 
 
 def kept_by_a_block(

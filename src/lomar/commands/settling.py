@@ -32,6 +32,7 @@ from lomar.errors import UserError
 from lomar.interop.initial import initial_options
 from lomar.interop.tokenizers import load_tokenizer
 from lomar.methods.composition import Composition
+from lomar.methods.cost import TRAINED_BYTES
 from lomar.methods.recipes import (
     DEPTH,
     IMAGENET_MEAN,
@@ -51,7 +52,6 @@ from lomar.options.pretraining import MOST_DEPTH, MOST_WIDTH
 from lomar.training.memory import saved_bytes
 
 TOKENIZER_FILE = "tokenizer.safetensors"  # the run's own copy
-TRAINED_BYTES = 16  # of a weight in float32, its gradient and two moments
 WARMUP_SHARE = 0.025  # of the run: 40 of 1600 epochs, 20 of 800, 10 of 400 (section 6.1)
 
 

@@ -10,9 +10,9 @@ import simplejpeg
 from torch.utils.data import Dataset
 
 from lomar.data.decode import Image, PixelFormat, Size, is_jpeg, is_upright_jpeg, read_image
-from lomar.data.loader import loaded
 from lomar.data.sources import ImageSource
 from lomar.data.survey import reason_for
+from lomar.data.workers import loaded
 from lomar.errors import BadImageError
 
 _AT_ONCE = 8  # images that a worker hands over together

@@ -26,14 +26,13 @@ from lomar.data.labels import Labelled
 from lomar.data.loader import (
     MicroBatch,
     SampleKey,
-    loaded,
     micro_batch_keys,
     readable_sample,
     share_of_batch,
     stream,
 )
 from lomar.data.order import Order, order_of
-from lomar.errors import UserError
+from lomar.data.workers import loaded
 from lomar.seeding import globally_seeded, seeded
 
 NO_POLICY = "none"
@@ -117,28 +116,25 @@ class _Augmented(Dataset[MicroBatch]):
     seed: int
     last_slot: int
 
-    def __getitems__(self, keys: list[SampleKey]) -> MicroBatch | UserError:
-        """A whole micro-batch; a UserError is returned, not raised: a worker would wrap it in its traceback."""
+    def __getitems__(self, keys: list[SampleKey]) -> MicroBatch:
+        """A whole micro-batch."""
         policy = self._policy()
         erasing = (
             RandomErasing(self.augmentation.erase, mode="pixel", device="cpu") if self.augmentation.erase else None
         )
         images, labels, names = [], [], []
         bad: list[tuple[str, str]] = []
-        try:
-            for key in keys:
-                crop, index = readable_sample(self.labelled.source, self.order, key, self.seed, bad, self._crop)
-                if self.augmentation.color_jitter:
-                    colour = seeded(self.seed, key.epoch, key.index, "colour")
-                    crop = ColorJitter.draw(self.augmentation.color_jitter, colour)(crop)
-                # One stream of chance for both, after the crop's: a policy may draw any number of times.
-                with globally_seeded(self.seed, key.epoch, key.index, "augment"):
-                    image = self.normalise(torch.from_numpy(_changed(crop, policy)))
-                    images.append(erasing(image) if erasing else image)
-                labels.append(int(self.labelled.labels[index]))
-                names.append(self.labelled.source.name(index))
-        except UserError as error:
-            return error
+        for key in keys:
+            crop, index = readable_sample(self.labelled.source, self.order, key, self.seed, bad, self._crop)
+            if self.augmentation.color_jitter:
+                colour = seeded(self.seed, key.epoch, key.index, "colour")
+                crop = ColorJitter.draw(self.augmentation.color_jitter, colour)(crop)
+            # One stream of chance for both, after the crop's: a policy may draw any number of times.
+            with globally_seeded(self.seed, key.epoch, key.index, "augment"):
+                image = self.normalise(torch.from_numpy(_changed(crop, policy)))
+                images.append(erasing(image) if erasing else image)
+            labels.append(int(self.labelled.labels[index]))
+            names.append(self.labelled.source.name(index))
         inputs = dict(
             zip(("images", "targets"), self._mixed(torch.stack(images), torch.tensor(labels), keys), strict=True)
         )

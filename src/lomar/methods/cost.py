@@ -12,6 +12,8 @@ from lomar.model.positions import BUCKETS, Grid
 
 STEP = 3  # forward passes that a training step costs: the backward pass is two products for each one
 
+TRAINED_BYTES = 16  # of a weight in float32, its gradient and two moments
+
 
 class Passage(NamedTuple):
     """Blocks of one transformer that the tokens of a view (cls among them) go through.
@@ -157,4 +159,4 @@ def kept_bytes(c: Composition, item_bytes: int) -> int:
 
 def weight_bytes(c: Composition) -> int:
     """Bytes of the weights, their gradients and AdamW's two moments, in float32."""
-    return 16 * trained_parameters(c)
+    return TRAINED_BYTES * trained_parameters(c)

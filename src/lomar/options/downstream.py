@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lomar.options.fields import ANY_IMAGES, AUTO, LARGEST_SEED, MOST_WORKERS, option
+from lomar.options.training import compile_option, grad_checkpointing_option, strategy_option
 
 ANY_MODEL = (
     "a run's folder, a file of its weights, a released checkpoint, or what timm.create_model takes: a name such as "
@@ -92,23 +93,9 @@ class FinetuneOptions:
     precision: str = option("precision of the matrix products", auto=AUTO, choices=PRECISIONS, metavar="NAME")
     # How fast, how watched: another value leads to the same classifier
     micro_batch: int = option("images per forward pass of a device", auto=AUTO, low=1, metavar="N", results=False)
-    grad_checkpointing: bool = option(
-        "work out each block again in the backward pass: less memory, a third more time", default=False, results=False
-    )
-    strategy: str = option(
-        "of several processes: ddp, each with all weights, or fsdp, weights spread over them",
-        default="ddp",
-        choices=("ddp", "fsdp"),
-        metavar="NAME",
-        results=False,
-    )
-    compile: str = option(
-        "whether the training step is compiled by torch.compile",
-        auto=AUTO,
-        choices=("auto", "yes", "no"),
-        metavar="WORD",
-        results=False,
-    )
+    grad_checkpointing: bool = grad_checkpointing_option()
+    strategy: str = strategy_option()
+    compile: str = compile_option()
     workers: int = option(
         "processes that read images, per device", auto=AUTO, low=0, high=MOST_WORKERS, metavar="W", results=False
     )

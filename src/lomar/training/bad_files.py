@@ -11,12 +11,10 @@ class BadFiles:
 
     Args:
         path: of the list; what it already holds counts.
-        written: False in all processes but the first, which keep the names in mind alone.
     """
 
-    def __init__(self, path: Path, written: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.written = written
         self.names: set[str] = set()
         self._torn = False
         if path.exists():
@@ -24,23 +22,33 @@ class BadFiles:
             self.names = {line.split("\t")[0] for line in lines}
             self._torn = bool(rest)  # a line that a kill or a full disk has cut
 
-    def new(self, found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Those of some (name, reason) that are not in the list yet, each once and on one line."""
+    def noted(self, found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Keep some (name, reason) in mind; those that are new come back, each once and on one line."""
         on_one_line = {name.translate(_ON_ONE_LINE): reason.translate(_ON_ONE_LINE) for name, reason in found}
-        return [(name, reason) for name, reason in on_one_line.items() if name not in self.names]
+        new = [(name, reason) for name, reason in on_one_line.items() if name not in self.names]
+        self.names.update(name for name, _ in new)
+        return new
 
-    def add(self, found: Sequence[tuple[str, str]]) -> list[str]:
-        """Record files; the names that are new come back.
+    def write(self, new: Sequence[tuple[str, str]]) -> None:
+        """Add what `noted` gave to the list.
 
         Raises:
-            OSError: the list cannot be written; the names count all the same.
+            OSError: it cannot be written.
         """
-        new = self.new(found)
-        self.names.update(name for name, _ in new)
-        if new and self.written:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self._torn)
-                self._torn = True  # until the line is whole
-                file.writelines(f"{name}\t{reason}\n" for name, reason in new)
-            self._torn = False
+        if not new:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" * self._torn)
+            self._torn = True  # until the line is whole
+            file.writelines(f"{name}\t{reason}\n" for name, reason in new)
+        self._torn = False
+
+    def add(self, found: Sequence[tuple[str, str]]) -> list[str]:
+        """Note and write; the names that are new come back.
+
+        Raises:
+            OSError: the list cannot be written.
+        """
+        new = self.noted(found)
+        self.write(new)
         return [name for name, _ in new]

@@ -142,7 +142,7 @@ class Trainer:
         self.finished = False
         self.metrics = Metrics(run / "metrics.jsonl")
         self.tensorboard: TensorBoard | None = None  # opened by `restore`, which knows from where it counts
-        self.bad_files = BadFiles(run / "bad_files.txt", written=fabric.is_global_zero)
+        self.bad_files = BadFiles(run / "bad_files.txt")
         self._bad: list[tuple[str, str]] = []  # found here, and not yet told to the other processes
         self._unwritten: list[Row] = []  # for which the disk had no room
         self._warned: set[str] = set()
@@ -231,16 +231,11 @@ class Trainer:
 
     def _last_state(self) -> dict[str, Any] | None:
         """The last whole checkpoint, which the first process chooses."""
-        found: list[tuple[int, dict[str, Any]] | None] = [None]
-
-        def load() -> None:
-            found[0] = self.checkpoints.load(self.display.say)
-
-        first_alone(self.fabric, load)
-        step = self.fabric.broadcast(found[0][0] if found[0] else None)
+        found = first_alone(self.fabric, lambda: self.checkpoints.load(self.display.say))
+        step = self.fabric.broadcast(found[0] if found else None)
         if step is None:
             return None
-        return found[0][1] if found[0] else self.checkpoints.read(step)
+        return found[1] if found else self.checkpoints.read(step)
 
     def close(self) -> None:
         """Let go of the files that stay open while training."""
@@ -421,12 +416,13 @@ class Trainer:
     def _tell_bad(self) -> None:
         """Record the unreadable files that the processes found; all of them know of all."""
         found, self._bad = said_by_all(self.fabric, self._bad), []
-        new = [name for name, _ in self.bad_files.new(found)]
+        new = self.bad_files.noted(found)
         try:
-            self.bad_files.add(found)
+            if self.fabric.is_global_zero:
+                self.bad_files.write(new)
         except OSError as error:
             self._warn("bad_files.txt", error)
-        for name in new:
+        for name, _ in new:
             self.display.say(f"skipped an unreadable image: {name}")
         count = len(self.bad_files.names)
         if new and count > self.course.max_bad_share * self.course.images:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -16,7 +16,8 @@ from lomar.errors import TrainingError, UserError
 from lomar.launch import launched, tell_torch
 from lomar.training.sharding import shard
 
-STRATEGIES = ("ddp", "fsdp")
+T = TypeVar("T")
+
 _PATIENCE = timedelta(minutes=30)  # with a process that does not answer
 
 
@@ -89,27 +90,23 @@ def _is_about_a_connection(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(word in text for word in about)
 
 
-def first_alone(fabric: Fabric, work: Callable[[], object]) -> None:
-    """Let the first process do something while the others wait.
+def first_alone(fabric: Fabric, work: Callable[[], T]) -> T | None:
+    """Let the first process do something while the others wait; what comes of it, in the others None.
 
     Raises:
         UserError: it could not be done; in all processes.
     """
+    result: T | None = None
     failure: UserError | None = None
     if fabric.is_global_zero:
         try:
-            work()
+            result = work()
         except UserError as error:
             failure = error
     told = fabric.broadcast(str(failure) if failure else None)
     if told is not None:
         raise UserError(told, shared=True) from failure
-
-
-def share_of(count: int, fabric: Fabric) -> range:
-    """The numbers, of 0 to count, that fall to this process; shares differ by at most one."""
-    rank, world_size = fabric.global_rank, fabric.world_size
-    return range(rank * count // world_size, (rank + 1) * count // world_size)
+    return result
 
 
 def gathered(fabric: Fabric, part: Tensor) -> Tensor:

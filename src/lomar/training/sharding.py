@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +30,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 def is_sharded(fabric: Fabric) -> bool:
     """Whether this run spreads its weights."""
-    return type(fabric.strategy).__name__ == "ModelParallelStrategy"
+    return isinstance(fabric.strategy, ModelParallelStrategy)
 
 
 class Sharded:
