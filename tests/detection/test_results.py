@@ -63,6 +63,16 @@ def test_a_pasted_mask_is_the_mask_sampled_at_the_centres_of_pixels(box: list[fl
     json.dumps(code)
 
 
+def test_codes_are_those_of_pycocotools() -> None:
+    boxes = torch.tensor(
+        [*BOXES, [0.0, 0, 131, 97], [0, 0, 131, 50], [20, 0, 90, 97], [131, 0, 150, 97], [50, -9, 60, 0]]
+    )
+    for masks in (smooth_masks(len(boxes)), torch.ones(len(boxes), 28, 28)):
+        for code in mask_to_rle(masks, boxes, SIZE):
+            again = coco_mask.encode(np.asfortranarray(decoded(code).astype(np.uint8)))
+            assert code == {"size": list(SIZE), "counts": again["counts"].decode()}
+
+
 def test_torchvision_pastes_almost_the_same() -> None:
     masks = smooth_masks(3)
     boxes = torch.tensor(BOXES)[[0, 1, 3]]

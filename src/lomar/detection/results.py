@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -61,8 +62,8 @@ def mask_to_rle(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], thr
     """Masks that were predicted inside boxes, pasted into the image and encoded.
 
     A pixel is of the mask where the probability at its centre, bilinear between the centres of the mask's cells and
-    falling to 0 outside them, reaches the threshold. One mask is pasted at a time: memory is a few bytes a pixel of the
-    image, however many there are.
+    falling to 0 outside them, reaches the threshold. One mask is worked out at a time, and only inside its box: memory
+    is a few bytes a pixel of the largest box, however many there are.
 
     Args:
         probabilities: (n, M, M), 0 to 1, spread over the whole of each box.
@@ -73,28 +74,40 @@ def mask_to_rle(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], thr
     Source: Mask R-CNN's inference, as detectron2 and mmdetection paste (pixel centres, no rounded boxes).
     """
     height, width = size
-    # pycocotools reads columns; the one picture serves all masks.
-    picture = np.zeros((height, width, 1), np.uint8, order="F")
     codes = []
-    for mask, (x0, y0, x1, y1) in zip(probabilities.float().cpu(), boxes.tolist(), strict=True):
+    # By numpy: these products are too small for torch's threads, which on a busy machine only wait for each other.
+    for mask, (x0, y0, x1, y1) in zip(probabilities.float().cpu().numpy(), boxes.tolist(), strict=True):
         rows, of_rows = _spread(y0, y1, height, mask.shape[0])
         columns, of_columns = _spread(x0, x1, width, mask.shape[1])
-        picture[rows, columns, 0] = (of_rows @ mask @ of_columns.T >= threshold).numpy()
-        codes.append(_as_text(coco_mask.encode(picture)[0]))
-        picture[rows, columns] = 0
+        inside = of_columns @ mask.T @ of_rows.T >= threshold  # (columns, rows), as codes run
+        codes.append(_encoded(inside, columns.start, rows.start, size))
     return codes
 
 
-def _spread(start: float, stop: float, length: int, cells: int) -> tuple[slice, Tensor]:
+def _encoded(inside: NDArray[np.bool_], left: int, top: int, size: tuple[int, int]) -> Rle:
+    """The code of a mask (columns, rows) that stands somewhere in an image of (height, width)."""
+    height, width = size
+    padded = np.zeros((inside.shape[0], inside.shape[1] + 2), np.int8)
+    padded[:, 1:-1] = inside
+    columns, rows = np.nonzero(np.diff(padded, axis=1))
+    turns = (left + columns) * height + top + rows  # where a run of ones begins, ends, begins, ...
+    # One that ends with its column goes on where the next column begins with one.
+    same = np.flatnonzero(turns[1:] == turns[:-1])
+    turns = np.delete(turns, np.concatenate([same, same + 1]))
+    ends = turns if len(turns) and turns[-1] == height * width else np.append(turns, height * width)
+    counts = np.diff(ends, prepend=0).tolist()
+    return _as_text(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+
+
+def _spread(start: float, stop: float, length: int, cells: int) -> tuple[slice, NDArray[np.float32]]:
     """The pixels of one axis between two places, and what each cell there adds to each of them: (pixels, cells)."""
     if not (isfinite(start) and isfinite(stop) and stop > start):
-        return slice(0, 0), torch.zeros(0, cells)
+        return slice(0, 0), np.zeros((0, cells), np.float32)
     first = min(max(ceil(start - 0.5), 0), length)
     last = max(min(floor(stop - 0.5) + 1, length), first)
-    centres = torch.arange(first, last, dtype=torch.float64) + 0.5
-    places = (centres - start) / (stop - start) * cells - 0.5
-    weights = (1 - (places[:, None] - torch.arange(cells)).abs()).clamp_min(0)
-    return slice(first, last), weights.float()
+    places = (np.arange(first, last) + 0.5 - start) / (stop - start) * cells - 0.5
+    weights = (1 - np.abs(places[:, None] - np.arange(cells))).clip(0)
+    return slice(first, last), weights.astype(np.float32)
 
 
 def rle_of(segmentation: object, size: tuple[int, int]) -> Rle:
