@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lomar.detection.attention import GridAttention
+from lomar.detection.cells import NormalCell
 from lomar.detection.frameworks import Framework
 from lomar.model import Encoder
 from lomar.model.positions import Grid, grid_coordinates, resize_absolute
@@ -41,6 +42,7 @@ class Backbone(nn.Module):
         globals_: blocks with global attention; None is the last of each quarter.
         decomposed: whether there are decomposed positions.
         drop_path: probability of skipping the last block's branches.
+        cells: whether the blocks are ViTAE's normal cells, with convolutions beside the attention.
 
     Source: Li et al. 2022 ("Exploring Plain Vision Transformer Backbones for Object Detection"), detectron2; LoMaR
     section 6.2 for the contextual position in it.
@@ -57,6 +59,7 @@ class Backbone(nn.Module):
         globals_: tuple[int, ...] | None = None,
         decomposed: bool = True,
         drop_path: float = 0.1,
+        cells: bool = False,
     ) -> None:
         super().__init__()
         patch, width, depth = (int(architecture[name]) for name in ("patch_size", "embed_dim", "depth"))
@@ -89,9 +92,9 @@ class Backbone(nn.Module):
                 decomposed=decomposed,
                 scaled=framework.scaled_query,
             )
-            self.blocks.append(
-                Block(attention, width, architecture["mlp_ratio"], rates[i], architecture["init_values"])
-            )
+            block = NormalCell if cells else Block
+            made = block(attention, width, architecture["mlp_ratio"], rates[i], architecture["init_values"])
+            self.blocks.append(made)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS) if framework.final_norm else nn.Identity()
         self.register_buffer("drop_rates", torch.tensor(rates), persistent=False)
         self.grad_checkpointing = False

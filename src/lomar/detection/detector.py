@@ -28,6 +28,7 @@ class DetectorPlan:
         image_size: side of the square that images are fitted into, in pixels.
         window: side of the backbone's windows in patches.
         decomposed: whether there are decomposed positions.
+        cells: whether the encoder's blocks are ViTAE's normal cells.
         cascade: whether three stages refine the boxes.
         masks: whether there are masks.
         drop_path: probability of skipping the last block's branches, in training.
@@ -45,6 +46,7 @@ class DetectorPlan:
     image_size: int = 1024
     window: int = WINDOW
     decomposed: bool = True
+    cells: bool = False
     cascade: bool = False
     masks: bool = True
     drop_path: float = 0.1
@@ -83,6 +85,7 @@ class Detector(nn.Module):
             plan.window,
             decomposed=plan.decomposed,
             drop_path=plan.drop_path,
+            cells=plan.cells,
         )
         self.pyramid = SimplePyramid(self.backbone.width, framework, plan.channels)
         patch = plan.architecture["patch_size"]
