@@ -23,6 +23,7 @@ from lomar.methods.cost import TRAINED_BYTES
 from lomar.model.attention import as_fused
 from lomar.options import (
     AUTO,
+    DetectOptions,
     FinetuneOptions,
     PretrainOptions,
     ProbeOptions,
@@ -40,6 +41,7 @@ _RUNS = {
     "pretrain": PretrainOptions,
     "finetune": FinetuneOptions,
     "probe": ProbeOptions,
+    "detect": DetectOptions,
     "tokenizer train": TokenizerOptions,
 }
 # What a resumed run is told anew, and a configuration does not hold.
