@@ -1,5 +1,6 @@
 """`lomar detect-predict`: objects in images, as COCO results and as pictures."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -45,6 +46,7 @@ def command(given: Mapping[str, Any]) -> int:
     make_folder(out, (RESULTS_FILE, PICTURES), options.overwrite)
     session = DetectingSession(options.model, options.image_size, options.device, options.precision)
     source = images_named(options.images)
+    names = _names(source)
     counted = {"objects": 0, "unreadable": 0, "pictures": 0}
 
     def results() -> Iterator[Result]:
@@ -54,10 +56,12 @@ def command(given: Mapping[str, Any]) -> int:
                     counted["unreadable"] += 1
                     continue
                 if options.pictures is None or counted["pictures"] < options.pictures:
-                    counted["pictures"] += _draw(out / PICTURES, source, index, found, session, options.score)
+                    counted["pictures"] += _draw(
+                        out / PICTURES / f"{names[index]}.png", source, index, found, session, options.score
+                    )
                 counted["objects"] += int((found.scores >= options.score).sum())
                 # A file has no number of COCO's: its path stands for it.
-                yield from coco_results(_path(source, index), found, session.detector.plan.category_ids)
+                yield from coco_results(names[index], found, session.detector.plan.category_ids)
         if counted["unreadable"] == len(source):
             raise UserError(f"--images: none of {len(source)} can be read, for example {source.name(0)}")
 
@@ -75,19 +79,20 @@ def command(given: Mapping[str, Any]) -> int:
     return 0
 
 
-def _path(source: ImageSource, index: int) -> str:
-    return source.path(index).decode("utf-8", "replace")
+def _names(source: ImageSource) -> list[str]:
+    """Paths of the images below the folder that holds them all: their ids, and the names of their pictures."""
+    paths = [source.path(index).decode("utf-8", "replace") for index in range(len(source))]
+    above = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120 (links stay as they are)
+    return [os.path.relpath(path, above) if above else path for path in paths]
 
 
-def _draw(folder: Path, source: ImageSource, index: int, found: Found, session: DetectingSession, score: float) -> int:
+def _draw(path: Path, source: ImageSource, index: int, found: Found, session: DetectingSession, score: float) -> int:
     """Write the picture of an image; how many were written."""
     try:
         image = seen(source, index)
     except BadImageError:  # channels that are no colours
         return 0
     picture = Image.fromarray(draw_detections(image, drawn(found, score), session.detector.plan.classes))
-    inside = [part for part in Path(_path(source, index)).parts if part not in ("..", "/", "\\")]
-    path = folder.joinpath(*inside).with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
     return 1

@@ -60,8 +60,15 @@ class DetectorPlan:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DetectorPlan":
         """From what JSON made of `to_dict`."""
-        made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**made)
+        return cls(**_with_tuples(values))
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists in their place."""
+    return {
+        name: tuple(value) if isinstance(value, list) else _with_tuples(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+    }
 
 
 class Detector(nn.Module):

@@ -1,0 +1,262 @@
+"""Claims about `lomar detect`, `lomar detect-evaluate` and `lomar detect-predict`, as typed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kept import last_state
+from PIL import Image
+
+from lomar.commands.automatic import Hardware
+from lomar.commands.detect_automatic import choose_detection
+from lomar.interop.detectors import load_detector
+
+Command = Callable[..., Any]  # its outcome: status, out, err
+
+SETTINGS = (
+    "--image-size 64 --window 4 --head-channels 8 --regions 16 --batch-size 2 --micro-batch 1 --workers 0 "
+    "--precision fp32 --device cpu --jitter 0.8 1.2"
+)
+
+
+def coco(folder: Path, count: int, first: int, masks: bool = True) -> dict[str, Any]:
+    """Images with red and blue rectangles, and what COCO's format says of them."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(first)
+    told: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 3, "name": "red"}, {"id": 9, "name": "blue"}],
+    }
+    for number in range(first, first + count):
+        pixels = rng.integers(90, 130, (48, 64, 3), dtype=np.uint8)
+        for kind, channel in ((3, 0), (9, 2)):
+            left, top = int(rng.integers(0, 30)), int(rng.integers(0, 20))
+            width, height = int(rng.integers(14, 30)), int(rng.integers(14, 26))
+            pixels[top : top + height, left : left + width] = 0
+            pixels[top : top + height, left : left + width, channel] = 255
+            corners = [left, top, left + width, top, left + width, top + height, left, top + height]
+            told["annotations"].append(
+                {
+                    "id": len(told["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": kind,
+                    "iscrowd": 0,
+                    "bbox": [left, top, width, height],
+                    "area": width * height,
+                    **({"segmentation": [corners]} if masks else {}),
+                }
+            )
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        told["images"].append({"id": number, "file_name": f"{number}.png", "height": 48, "width": 64})
+    return told
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """COCO's layout, of 4 images to train on and 2 to judge by."""
+    root = tmp_path_factory.mktemp("shapes")
+    (root / "annotations").mkdir()
+    for part, count, first in (("train", 4, 1), ("val", 2, 11)):
+        told = coco(root / f"{part}2017", count, first)
+        (root / "annotations" / f"instances_{part}2017.json").write_text(json.dumps(told))
+    return root
+
+
+@pytest.fixture
+def detect(
+    lomar: Command, shapes: Path, finished_run: Path, miniature: None, monkeypatch: pytest.MonkeyPatch
+) -> Command:
+    """Train a small detector in a folder, without curves; the words given win over `SETTINGS`."""
+    from lomar.commands import detect as module
+
+    monkeypatch.setattr(module, "learning_curves", lambda rows, path: None)
+
+    def run(out: Path, *words: str | Path) -> Any:
+        return lomar("detect", "--model", finished_run, "--data", shapes, SETTINGS, "--out", out, *words)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def detector(shapes: Path, finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, as a user gets it, but sure enough to find something; not to be changed."""
+    from lomar.cli import main
+    from lomar.interop.detectors import save_detector
+
+    run = tmp_path_factory.mktemp("detector") / "run"
+    words = ["detect", "--model", str(finished_run), "--data", str(shapes), "--out", str(run), "--max-steps", "2"]
+    assert main([*words, *SETTINGS.split()]) == 0
+    made: Any = load_detector(run)
+    made.regions.stages[0].classifier.bias.data = torch.tensor([2.0, 2.0, 0.0])
+    save_detector(run / "detector.safetensors", made)
+    return run
+
+
+def refused(outcome: Any) -> str:
+    assert outcome.status == 2, outcome.out + outcome.err
+    assert outcome.err.startswith("lomar: error: ") and outcome.err.count("\n") == 1
+    return str(outcome.err.removeprefix("lomar: error: ").strip())
+
+
+def test_a_run_tells_what_it_does_and_leaves_a_detector(detect: Command, tmp_path: Path, rows: Any) -> None:
+    done = detect(tmp_path / "run", "--max-steps 2 --eval-every 1")
+    assert done.status == 0, done.err
+    assert "8 objects of 2 classes in 4 images, boxes and masks; 2 images to judge by" in done.out
+    assert "tensors of the backbone are the encoder's, 6 new: rel_pos of 6 tensors in the blocks" in done.out
+    assert "step 2: box AP" in done.out and "lomar detect-predict --model" in done.out
+    assert "box_ap" in rows(tmp_path / "run")[-1] and "mask_ap" in rows(tmp_path / "run")[-1]
+    made = load_detector(tmp_path / "run")
+    assert (made.plan.classes, made.plan.category_ids) == (("red", "blue"), (3, 9))
+    told = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert told["images"] == 2 and "mask_ap" in told
+    assert (tmp_path / "run" / "figures" / "detections.png").exists()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    detect: Command, lomar: Command, tmp_path: Path, interrupted_at: Callable[[int], None], course: Any
+) -> None:
+    """To the last bit: draws of anchors and regions, drop path and crops belong to the sample."""
+    words = "--max-steps 4 --checkpoint-steps 2 --drop-path 0.3 --framework vitae --cascade --cells"
+    assert detect(tmp_path / "whole", words).status == 0
+    interrupted_at(3)
+    assert detect(tmp_path / "run", words).status == 130
+    assert lomar("detect --resume --out", tmp_path / "run").status == 0
+    assert course(tmp_path / "run") == course(tmp_path / "whole")
+    ends = [last_state(tmp_path / name)["model"] for name in ("run", "whole")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+    again = lomar("detect --resume --out", tmp_path / "run")
+    assert again.status == 0 and "is finished: 4 steps" in again.out
+
+
+def test_boxes_alone_make_a_detector_without_masks(lomar: Command, miniature: None, tmp_path: Path) -> None:
+    """From random weights, from one .json beside its images: a fifth of them judges."""
+    told = coco(tmp_path / "data", 6, 1, masks=False)
+    (tmp_path / "data" / "boxes.json").write_text(json.dumps(told))
+    words = ("detect --model scratch:16x2x2 --data", tmp_path / "data" / "boxes.json", SETTINGS, "--max-steps 1")
+    done = lomar(*words, "--out", tmp_path / "run")
+    assert done.status == 0, done.err
+    assert "boxes; 1 images to judge by, a fifth, drawn" in done.out and "all weights are new" in done.out
+    assert load_detector(tmp_path / "run").regions.masks is None
+    assert "mask_ap" not in json.loads((tmp_path / "run" / "evaluation.json").read_text())
+
+
+def test_a_rehearsal_tells_shapes_schedule_and_memory_and_writes_nothing(detect: Command, tmp_path: Path) -> None:
+    done = detect(tmp_path / "run", "--epochs 100 --dry-run")
+    assert done.status == 0, done.err
+    for text in (
+        "backbone: 8x8 patches of 8 px, 16 wide",
+        "attention: windows of 4, global in blocks 2 of 3",
+        "maps of 8 channels, side in cells: p2 32, p3 16, p4 8, p5 4, p6 2",
+        "200 steps of 2 images, 100 epochs of 4",
+        "0.0001 at 20, 1e-05 at 178, 1e-06 at 193",
+        "a step of 1 images of 64 px in fp32: loss",
+    ):
+        assert text in done.out, text
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_is_judged_as_pycocotools_judges_its_results(
+    lomar: Command, detector: Path, shapes: Path, miniature: None, tmp_path: Path
+) -> None:
+    """results.json has the file's own numbers of images and categories."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    done = lomar(
+        "detect-evaluate --model", detector, "--data", shapes, "--device cpu --precision fp32 --out", tmp_path / "out"
+    )
+    assert done.status == 0, done.err
+    assert "box" in done.out and "mask" in done.out and "written" in done.out
+    told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    truth = COCO(str(shapes / "annotations" / "instances_val2017.json"))
+    found = truth.loadRes(str(tmp_path / "out" / "results.json"))
+    assert len(found.anns) > 4 and {each["category_id"] for each in found.anns.values()} == {3, 9}
+    theirs = COCOeval(truth, found, "bbox")
+    theirs.evaluate()
+    theirs.accumulate()
+    theirs.summarize()
+    assert told["box_ap"] == pytest.approx(theirs.stats[0], abs=1e-6)
+    assert told["box_ar100"] == pytest.approx(theirs.stats[8], abs=1e-6)
+    with Image.open(tmp_path / "out" / "detections.png") as picture:
+        assert picture.width > 200
+    assert "already holds evaluation.json" in refused(
+        lomar("detect-evaluate --model", detector, "--data", shapes, "--out", tmp_path / "out")
+    )
+
+
+def test_predictions_are_results_and_pictures(
+    lomar: Command, detector: Path, shapes: Path, miniature: None, tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes((shapes / "val2017" / "11.png").read_bytes())
+    (tmp_path / "images" / "broken.png").write_bytes(b"none")
+    words = (
+        "detect-predict --device cpu --score 0.1 --model",
+        detector,
+        "--images",
+        tmp_path / "images",
+        "--out",
+        tmp_path / "out",
+    )
+    done = lomar(*words)
+    assert done.status == 0, done.err
+    assert "in 1 images" in done.out and "1 images could not be read" in done.out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results and all(each["image_id"] == "a.png" and each["category_id"] in (3, 9) for each in results)
+    assert all(0 <= each["bbox"][0] <= 64 and each["segmentation"]["size"] == [48, 64] for each in results)
+    with Image.open(tmp_path / "out" / "pictures" / "a.png.png") as picture:
+        assert picture.size == (64, 48)
+        assert (np.asarray(picture) != np.asarray(Image.open(shapes / "val2017" / "11.png"))).any()
+    assert "already holds results.json" in refused(lomar(*words))
+
+
+def test_what_does_not_fit_is_refused_in_one_line(
+    detect: Command, lomar: Command, detector: Path, shapes: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert refused(lomar("detect --data", shapes, "--out", out)).startswith("--model is missing: a run")
+    assert refused(lomar("detect --model", finished_run, "--out", out)).startswith(
+        "--data is missing: a folder in COCO"
+    )
+    assert refused(lomar("detect --model", finished_run, "--data", shapes)).startswith("--out is missing")
+    assert "--image-size 60 is no multiple of the encoder's patches of 8 px; 64 would be" in refused(
+        detect(out, "--image-size 60")
+    )
+    assert "is less than 2 patches" in refused(detect(out, "--image-size 8"))
+    assert "the smaller size comes first" in refused(detect(out, "--jitter 2 1"))
+    assert "a model of timm" in refused(lomar("detect --model vit_tiny_patch16_224 --data", shapes, "--out", out))
+    assert "holds detector, not the encoder or classifier" in refused(
+        lomar("detect --model", detector / "detector.safetensors", "--data", shapes, "--out", out)
+    )
+    assert "--out" in refused(detect(finished_run)) and not out.exists()
+    assert "is it the folder of a run of lomar detect" in refused(
+        lomar("detect-evaluate --model", finished_run, "--data", shapes)
+    )
+    assert "no multiple of the model's patches" in refused(
+        lomar("detect-predict --image-size 60 --model", detector, "--images", shapes, "--out", out)
+    ).replace("not a multiple", "no multiple")
+    other = tmp_path / "other"
+    told = coco(other, 2, 1)
+    told["categories"][0]["name"] = "green"
+    (other / "green.json").write_text(json.dumps(told))
+    assert "'green' is not among those of training" in refused(
+        lomar("detect-evaluate --model", detector, "--data", other / "green.json")
+    )
+
+
+def test_automatic_choices_are_the_papers_where_the_data_is_its_size() -> None:
+    gpu = Hardware("cuda", "a GPU", 80 * 10**9, 16, True)
+    chosen = {n: c.value for n, c in choose_detection({}, 117_266, 1024, 16, 768, gpu).items()}
+    wanted = {"image_size": 1024, "batch_size": 64, "epochs": 100, "lr": 1e-4, "layer_decay": 0.7, "drop_path": 0.1}
+    wanted |= {"warmup_steps": 250, "clip_grad": 0.0, "head_channels": 256, "regions": 512}
+    assert {name: chosen[name] for name in wanted} == wanted
+    few = {n: c.value for n, c in choose_detection({}, 500, 640, 16, 1024, gpu).items()}
+    assert (few["image_size"], few["batch_size"], few["epochs"], few["layer_decay"]) == (640, 16, 200, 0.8)
+    cpu = Hardware("cpu", "a CPU", 8 * 10**9, 2, False)
+    slow = {n: c.value for n, c in choose_detection({}, 80, 640, 8, 192, cpu).items()}
+    assert (slow["image_size"], slow["batch_size"], slow["epochs"], slow["head_channels"]) == (256, 4, 50, 64)
