@@ -12,7 +12,8 @@ import pytest
 
 from lomar.data.decode import PixelFormat, read_image
 from lomar.data.labels import labelled_data
-from lomar.data.sources import ImageSource, folders_in, is_there, joined, open_source
+from lomar.data.opening import folders_in, is_there, open_source
+from lomar.data.sources import ImageSource, joined
 from lomar.errors import UserError
 
 RGB8 = PixelFormat(3, "uint8")

@@ -27,8 +27,9 @@ from lomar.data.archives import RemoteTars
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import labelled_data
 from lomar.data.loader import CropPlan, MicroBatch, SampleKey, pretraining_batches
+from lomar.data.opening import folders_in, is_there, open_source
 from lomar.data.shard_writer import ShardWriter
-from lomar.data.sources import ImageSource, folders_in, is_there, joined, open_source
+from lomar.data.sources import ImageSource, joined
 from lomar.data.survey import spread_over, survey
 from lomar.errors import UserError
 
@@ -404,7 +405,7 @@ def test_a_protocol_that_cannot_be_used_is_told(address: str, message: str) -> N
 def test_of_two_processes_that_want_a_shard_one_fetches_it(server: Server, folder: Path) -> None:
     server.slow_s = 0.7
     code = (
-        "import sys; from lomar.data.sources import open_source; s = open_source(sys.argv[1]);"
+        "import sys; from lomar.data.opening import open_source; s = open_source(sys.argv[1]);"
         "assert len(s) == 5 and s.read(3); assert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", code, f"{server.address}/x-0.tar"]
@@ -589,7 +590,7 @@ def test_a_survey_looks_into_a_few_shards_alone(server: Server) -> None:
 def test_nothing_of_a_network_is_imported_for_files_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(shards()["x-0.tar"])
     code = (
-        "import sys; from lomar.data.sources import open_source; assert len(open_source(sys.argv[1])) == 5;"
+        "import sys; from lomar.data.opening import open_source; assert len(open_source(sys.argv[1])) == 5;"
         "assert not {'torch', 'fsspec', 'aiohttp', 'datasets', 'torchvision'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.tar")], check=True)

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from lomar.data import archives, tars
 from lomar.data.addresses import MOST_NAMES, is_address, tars_and_inside, without_braces
 from lomar.data.labels import labelled_data
-from lomar.data.sources import ENDINGS, ImageSource, folders_in, images_at, is_there, joined, open_source
+from lomar.data.opening import folders_in, images_at, is_there, open_source
+from lomar.data.sources import ENDINGS, ImageSource, joined
 from lomar.data.tars import TarIndex, read_tar_index, scan, write_tar_index
 from lomar.errors import UserError
 

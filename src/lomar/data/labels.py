@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from lomar.data.addresses import within
-from lomar.data.sources import ImageSource, folders_in, images_at, is_there, open_source
+from lomar.data.opening import folders_in, images_at, is_there, open_source
+from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 from lomar.seeding import seeded
 
