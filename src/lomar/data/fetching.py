@@ -6,8 +6,10 @@ so that its images cost little; they count as unreadable.
 """
 
 import errno
+import json
 import os
 import random
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from lomar.data.addresses import has_wildcards, without_braces
+from lomar.data.addresses import has_wildcards, shown, without_braces
 from lomar.data.cache import SHARDS, alone, cache_folder, cache_limit, key_of, make_room
 from lomar.data.shards import Shard, sha256_of
 from lomar.errors import UserError
@@ -29,12 +31,17 @@ _FORGIVEN_S = 300.0  # until a shard that could not be fetched is asked for agai
 _AT_ONCE = 16  # questions to a server
 _SILENCE_S = 60  # of a server, after which a connection counts as lost
 _MOST_TEXT_BYTES = 2**28
-_OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of this machine's disk
+_FORBIDDEN = (errno.EACCES, errno.EPERM)  # by it, if a file is named; else by a server
 # What stores call the version of a file.
 _VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "Last-Modified", "LastModified", "mtime", "updated", "created")
 _PACKAGES = {"s3": "lomar[s3]", "s3a": "lomar[s3]", "gs": "lomar[gs]", "gcs": "lomar[gs]"}
 
 T = TypeVar("T")
+
+
+class _TooMuchError(OSError):
+    """A server sends more than it said, or than the cache may hold."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,9 @@ class RemoteShard(Shard):
                 return opened
             os.close(opened)  # a disk that was full or failed has left less
             file.unlink(missing_ok=True)
-        raise OSError(f"{self.path} is deleted from the cache as soon as it is there; LOMAR_CACHE_GB must be larger")
+        raise OSError(
+            f"{shown(self.path)} is deleted from the cache as soon as it is there; LOMAR_CACHE_GB must be larger"
+        )
 
     def fetch(self, wait: bool = True) -> None:
         """Have the file in the cache.
@@ -94,7 +103,8 @@ class RemoteShard(Shard):
         file = self.file
         if file.exists():
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if self.size > cache_limit():
+            raise OSError(f"{shown(self.path)} has {self.size / 1e9:.1f} GB, more than LOMAR_CACHE_GB allows")
         with alone("shard", self.key, wait) as mine:
             if not mine or file.exists():
                 return
@@ -105,20 +115,33 @@ class RemoteShard(Shard):
                 self._fetch(file)
                 failed.unlink(missing_ok=True)
             except OSError as error:
-                if error.errno not in _OF_THIS_DISK or error.filename == self.path:
-                    failed.write_text(error.strerror or str(error), encoding="utf-8", errors="replace")
+                if not _of_this_disk(error) or error.filename == self.path:
+                    with suppress(OSError):
+                        failed.write_text(error.strerror or str(error), encoding="utf-8", errors="replace")
                 raise
 
     def _fetch(self, file: Path) -> None:
-        if self.size > cache_limit():
-            raise OSError(f"{self.path} has {self.size / 1e9:.1f} GB, more than LOMAR_CACHE_GB allows")
-        part = file.with_suffix(".part")
-        make_room(max(self.size, 0))
+        # A name of its own, since not every file system has locks.
+        part = file.with_name(f"{self.key}-{secrets.token_hex(4)}.part")
+        most = self.size if self.size >= 0 else cache_limit()
+
+        def check(size: int | None, value: int, **_: object) -> None:
+            if value > most:
+                raise _TooMuchError(f"more than {most:,} bytes come")
 
         def get() -> None:
+            from fsspec.callbacks import Callback
+
             system, path = file_system(self.path)
-            system.get_file(path, str(part))
-            size = part.stat().st_size
+            part.parent.mkdir(parents=True, exist_ok=True)  # the cache may be deleted at any time
+            make_room(max(self.size, 0))
+            try:
+                system.get_file(path, str(part), callback=Callback(hooks={"check": check}))
+                size = part.stat().st_size
+            except FileNotFoundError as error:
+                if str(error.filename) != str(part):
+                    raise
+                raise OSError("it was deleted from the cache as it came") from None
             if self.size not in (-1, size):
                 raise OSError(f"{size:,} bytes came instead of {self.size:,}")
             if self.sha256 and sha256_of(part) != self.sha256:
@@ -133,13 +156,23 @@ class RemoteShard(Shard):
 
 
 def _recent(failed: Path) -> str | None:
-    """Why a shard could not be fetched a short while ago; None if it was not so."""
+    """Why a shard could not be fetched a short while ago; None if it was not so, or not by this machine's clock."""
     try:
-        if time.time() - failed.stat().st_mtime < _FORGIVEN_S:
-            return failed.read_text(encoding="utf-8")
+        if 0 <= time.time() - failed.stat().st_mtime < _FORGIVEN_S:
+            return failed.read_text(encoding="utf-8", errors="replace") or "cannot be fetched"
     except OSError:
         pass
     return None
+
+
+def forgive(shards: Iterable[RemoteShard]) -> None:
+    """Have shards asked for again that could not be fetched a while ago: what was wrong may have been mended."""
+    folder = cache_folder() / SHARDS
+    with suppress(OSError):
+        failed = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".failed")}
+        for shard in shards if failed else ():
+            if f"{shard.key}.failed" in failed:
+                (folder / f"{shard.key}.failed").unlink(missing_ok=True)
 
 
 def file_system(address: str) -> tuple[Any, str]:
@@ -159,9 +192,11 @@ def file_system(address: str) -> tuple[Any, str]:
     except ImportError as error:
         package = _PACKAGES.get(protocol)
         how = f"pip install '{package}'" if package else " ".join(str(error).split())
-        raise UserError(f"{address}: {protocol}:// needs a package that is not installed; {how}") from None
-    except ValueError:
-        raise UserError(f"{address}: {protocol}:// is no protocol that fsspec knows") from None
+        raise UserError(f"{shown(address)}: {protocol}:// needs a package that is not installed; {how}") from None
+    except Exception as error:  # each file system has errors of its own
+        if protocol not in fsspec.available_protocols():
+            raise UserError(f"{shown(address)}: {protocol}:// is no protocol that fsspec knows") from None
+        raise UserError(f"{shown(address)}: {_reason(error, address)}") from None
 
 
 @cache
@@ -188,8 +223,8 @@ def patiently(ask: Callable[[], T], address: str) -> T:
         except UserError:
             raise
         except Exception as error:  # each file system has errors of its own
-            reason = _reason(error)
-            if isinstance(error, OSError) and error.errno in _OF_THIS_DISK and error.filename:
+            reason = _reason(error, address)
+            if isinstance(error, OSError) and _of_this_disk(error):
                 raise OSError(error.errno, f"cannot be kept in {cache_folder()}: {error.strerror}") from error
             if not _may_pass(error):
                 raise _final(error, address) from None
@@ -197,6 +232,10 @@ def patiently(ask: Callable[[], T], address: str) -> T:
                 # Not all at the same moment, and without a draw from the run's own chance.
                 time.sleep(_FIRST_WAIT_S * 2**attempt * random.SystemRandom().uniform(0.5, 1.5))
     raise OSError(f"cannot be fetched in {_TRIES} tries: {reason}")
+
+
+def _of_this_disk(error: OSError) -> bool:
+    return error.errno in _FULL or (error.errno in _FORBIDDEN and bool(error.filename))
 
 
 def _cause(error: BaseException) -> tuple[BaseException, int]:
@@ -211,7 +250,9 @@ def _may_pass(error: BaseException) -> bool:
     cause, status = _cause(error)
     if status:
         return status >= 500 or status in (408, 425, 429)
-    return not isinstance(cause, FileNotFoundError | PermissionError | NotImplementedError | TypeError)
+    if isinstance(cause, ValueError):  # an address that is none; but answers that break off are no JSON
+        return isinstance(cause, json.JSONDecodeError)
+    return not isinstance(cause, FileNotFoundError | PermissionError | NotImplementedError | TypeError | _TooMuchError)
 
 
 def _final(error: BaseException, address: str) -> OSError:
@@ -220,15 +261,15 @@ def _final(error: BaseException, address: str) -> OSError:
     if status in (404, 410) or (isinstance(cause, FileNotFoundError) and not status):
         return FileNotFoundError(errno.ENOENT, "there is no such file", address)
     if status in (401, 403) or isinstance(cause, PermissionError):
-        return PermissionError(errno.EACCES, f"may not be read ({_reason(error)})", address)
-    return OSError(f"cannot be fetched: {_reason(error)}")
+        return PermissionError(errno.EACCES, f"may not be read ({_reason(error, address)})", address)
+    return OSError(f"cannot be fetched: {_reason(error, address)}")
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, address: str) -> str:
     cause, status = _cause(error)
     if status:
         return f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
-    return " ".join(str(cause).split())[:200] or type(cause).__name__
+    return " ".join(str(cause).replace(address, shown(address)).split())[:200] or type(cause).__name__
 
 
 def listed(names: str, where: str) -> list[RemoteShard]:
@@ -250,7 +291,7 @@ def listed(names: str, where: str) -> list[RemoteShard]:
             matching = [match for some in pool.map(_matching, addresses) for match in some]
             found = list(pool.map(lambda match: match if isinstance(match, RemoteShard) else shard_at(match), matching))
     except OSError as error:
-        file = f"{error.filename}: " if error.filename and error.filename != names else ""
+        file = f"{shown(error.filename)}: " if error.filename and error.filename != names else ""
         raise UserError(f"{where}: {file}{error.strerror or error}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

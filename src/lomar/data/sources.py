@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from lomar.data.addresses import shown
 from lomar.data.shards import Members, ShardGroups, grouped, joined_members, nowhere
 
 # In a folder only files with these endings are taken, in either case; a list may name any file.
@@ -52,8 +53,8 @@ class ImageSource:
         return os.path.join(self._root, self.relative_path(index))  # noqa: PTH118
 
     def name(self, index: int) -> str:
-        """The path of file `index` for messages; what is not valid text in it is replaced."""
-        return self.path(index).decode(errors="replace")
+        """The path of file `index` for messages; what is not valid text in it is replaced, and keys in an address."""
+        return shown(self.path(index).decode(errors="replace"))
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed or renamed, or one in a tar file changes; the root may move."""
