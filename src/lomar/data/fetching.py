@@ -238,37 +238,50 @@ def _of_this_disk(error: OSError) -> bool:
     return error.errno in _FULL or (error.errno in _FORBIDDEN and bool(error.filename))
 
 
-def _cause(error: BaseException) -> tuple[BaseException, int]:
-    """What is behind an error, and what the server answered; 0 where it did not. fsspec calls much "not found"."""
+def _cause(error: BaseException) -> tuple[BaseException, int, str]:
+    """What is behind an error; what the server answered, 0 where it did not; and in which words.
+
+    fsspec calls much "not found", and botocore's answers are in a dict.
+    """
     cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    status = getattr(cause, "status", None)
-    return cause, status if isinstance(status, int) else 0
+    status, words = getattr(cause, "status", None), str(getattr(cause, "message", ""))
+    answer = getattr(cause, "response", None)
+    if isinstance(answer, dict):
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        words = answer.get("Error", {}).get("Message", "")
+    return (cause, status, words) if isinstance(status, int) else (cause, 0, "")
 
 
 def _may_pass(error: BaseException) -> bool:
     """Whether asking again may help."""
-    cause, status = _cause(error)
+    cause, status, _ = _cause(error)
     if status:
         return status >= 500 or status in (408, 425, 429)
     if isinstance(cause, ValueError):  # an address that is none; but answers that break off are no JSON
         return isinstance(cause, json.JSONDecodeError)
-    return not isinstance(cause, FileNotFoundError | PermissionError | NotImplementedError | TypeError | _TooMuchError)
+    final = FileNotFoundError | PermissionError | NotImplementedError | TypeError | _TooMuchError
+    return not (isinstance(cause, final) or _lacks_keys(cause))
+
+
+def _lacks_keys(cause: BaseException) -> bool:
+    return type(cause).__name__ in ("NoCredentialsError", "PartialCredentialsError")  # of botocore, if it is there
 
 
 def _final(error: BaseException, address: str) -> OSError:
     """What is said of an error that asking again does not help."""
-    cause, status = _cause(error)
-    if status in (404, 410) or (isinstance(cause, FileNotFoundError) and not status):
-        return FileNotFoundError(errno.ENOENT, "there is no such file", address)
-    if status in (401, 403) or isinstance(cause, PermissionError):
+    cause, status, words = _cause(error)
+    if status in (401, 403) or isinstance(cause, PermissionError) or _lacks_keys(cause):
         return PermissionError(errno.EACCES, f"may not be read ({_reason(error, address)})", address)
+    missing = status in (404, 410) or (isinstance(cause, FileNotFoundError) and not status)
+    if missing and "bucket" not in words:
+        return FileNotFoundError(errno.ENOENT, "there is no such file", address)
     return OSError(f"cannot be fetched: {_reason(error, address)}")
 
 
 def _reason(error: BaseException, address: str) -> str:
-    cause, status = _cause(error)
+    cause, status, words = _cause(error)
     if status:
-        return f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
+        return f"the server answers {status} {' '.join(words.split())[:200]}".rstrip()
     return " ".join(str(cause).replace(address, shown(address)).split())[:200] or type(cause).__name__
 
 
@@ -287,6 +300,7 @@ def listed(names: str, where: str) -> list[RemoteShard]:
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     try:
+        file_system(names)[0].invalidate_cache()  # of what was listed before in this process
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             matching = [match for some in pool.map(_matching, addresses) for match in some]
             found = list(pool.map(lambda match: match if isinstance(match, RemoteShard) else shard_at(match), matching))
