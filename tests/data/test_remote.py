@@ -663,6 +663,21 @@ def test_an_index_that_was_damaged_in_the_cache_is_fetched_anew(server: Server, 
     assert len(open_source(prepared)) == 8
 
 
+def test_several_are_worked_on_at_once_in_order_and_none_after_an_error() -> None:
+    assert list(fetching.at_once(lambda number: number**2, range(100))) == [number**2 for number in range(100)]
+    begun = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.02)
+        return 6 // (3 - number)
+
+    with pytest.raises(ZeroDivisionError):
+        list(fetching.at_once(work, range(1000), threads=4))
+    time.sleep(0.1)
+    assert len(begun) < 20
+
+
 def test_who_stops_a_run_that_counts_its_images_waits_for_no_shard(server: Server, tmp_path: Path) -> None:
     server.slow_s = 20.0
     command = [sys.executable, "-m", "lomar", "pretrain", "--data", server.all, "--out", str(tmp_path / "run")]

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -23,7 +22,7 @@ import numpy as np
 
 from lomar.data.addresses import COMPRESSED, has_braces, has_wildcards, shown, tars_and_inside, without_braces
 from lomar.data.cache import check_writable, kept_index, key_of, tell
-from lomar.data.fetching import RemoteShard, forgive, listed, shard_at, text_at, texts_at
+from lomar.data.fetching import RemoteShard, at_once, forgive, listed, shard_at, text_at, texts_at
 from lomar.data.shards import INDEX_FILE, Members, Shard, ShardGroups, grouped, parsed_index, read_part
 from lomar.data.sources import ENDINGS, ImageSource
 from lomar.data.tars import FORMAT, TarIndex, scan
@@ -352,7 +351,7 @@ def _looked_through(files: Sequence[T], look: Callable[[T], S], where: str) -> l
     found: list[S] = []
     told = time.monotonic()
     try:
-        for index in _at_once(look, files):
+        for index in at_once(look, files, _AT_ONCE):
             found.append(index)
             if time.monotonic() - told > _TOLD_EVERY_S:
                 told = time.monotonic()
@@ -367,36 +366,6 @@ def _looked_through(files: Sequence[T], look: Callable[[T], S], where: str) -> l
     if len(remarks) > _REMARKS:
         tell(f"and {len(remarks) - _REMARKS} more such files")
     return found
-
-
-def _at_once(look: Callable[[T], S], files: Sequence[T]) -> Iterator[S]:
-    """What is found in each file, in order, several looked through at a time.
-
-    The threads do not keep the process, as those of a ThreadPoolExecutor do: whoever presses Ctrl-C need not wait for
-    shards that are on their way.
-    """
-    found: list[Future[S]] = [Future() for _ in files]
-    waiting = iter(list(zip(files, found, strict=True)))
-    lock, ended = threading.Lock(), threading.Event()
-
-    def work() -> None:
-        while not ended.is_set():
-            with lock:
-                file, future = next(waiting, (None, None))
-            if file is None or future is None:
-                return
-            try:
-                future.set_result(look(file))
-            except BaseException as error:  # whoever waits for it raises it
-                future.set_exception(error)
-
-    for _ in range(min(_AT_ONCE, len(files))):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        for future in found:
-            yield future.result()
-    finally:
-        ended.set()
 
 
 def open_address(data: str, flag: str) -> ImageSource:

@@ -10,9 +10,10 @@ import json
 import os
 import random
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +38,7 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM)  # by it, if a file is named; else by a
 _VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "Last-Modified", "LastModified", "mtime", "updated", "created")
 _PACKAGES = {"s3": "lomar[s3]", "s3a": "lomar[s3]", "gs": "lomar[gs]", "gcs": "lomar[gs]"}
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -115,7 +117,7 @@ class RemoteShard(Shard):
                 self._fetch(file)
                 failed.unlink(missing_ok=True)
             except OSError as error:
-                if not _of_this_disk(error) or error.filename == self.path:
+                if error.errno not in (*_FULL, *_FORBIDDEN) or error.filename == self.path:
                     with suppress(OSError):
                         failed.write_text(error.strerror or str(error), encoding="utf-8", errors="replace")
                 raise
@@ -285,6 +287,33 @@ def _reason(error: BaseException, address: str) -> str:
     return " ".join(str(cause).replace(address, shown(address)).split())[:200] or type(cause).__name__
 
 
+def at_once(work: Callable[[S], T], items: Sequence[S], threads: int = _AT_ONCE) -> Iterator[T]:
+    """What work makes of each item, in order, several worked on at a time.
+
+    The threads keep neither their user nor the process waiting, as those of a ThreadPoolExecutor do: after an error or
+    Ctrl-C none begins another item, and nobody waits for a shard that is on its way.
+    """
+    made: list[Future[T]] = [Future() for _ in items]
+    numbers, ended = iter(range(len(items))), threading.Event()
+
+    def run() -> None:
+        for number in numbers:  # of the threads one gets each, since a step of a range is one step of the interpreter
+            if ended.is_set():
+                return
+            try:
+                made[number].set_result(work(items[number]))
+            except BaseException as error:  # whoever waits for it raises it
+                made[number].set_exception(error)
+
+    for _ in range(min(threads, len(items))):
+        threading.Thread(target=run, daemon=True).start()
+    try:
+        for future in made:
+            yield future.result()
+    finally:
+        ended.set()
+
+
 def listed(names: str, where: str) -> list[RemoteShard]:
     """The shards that an address stands for, with its braces and wildcards.
 
@@ -301,9 +330,8 @@ def listed(names: str, where: str) -> list[RemoteShard]:
         raise UserError(f"{where}: {error}") from None
     try:
         file_system(names)[0].invalidate_cache()  # of what was listed before in this process
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            matching = [match for some in pool.map(_matching, addresses) for match in some]
-            found = list(pool.map(lambda match: match if isinstance(match, RemoteShard) else shard_at(match), matching))
+        matching = [match for some in at_once(_matching, addresses) for match in some]
+        found = list(at_once(lambda match: match if isinstance(match, RemoteShard) else shard_at(match), matching))
     except OSError as error:
         file = f"{shown(error.filename)}: " if error.filename and error.filename != names else ""
         raise UserError(f"{where}: {file}{error.strerror or error}") from None
@@ -364,7 +392,6 @@ def text_at(address: str) -> bytes | None:
         return None
 
 
-def texts_at(addresses: Iterable[str]) -> list[bytes | None]:
+def texts_at(addresses: Sequence[str]) -> list[bytes | None]:
     """The same of several, many at once."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(text_at, addresses))
+    return list(at_once(text_at, addresses))
