@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lomar import __version__
-from lomar.cli import COMMANDS, main, parse
+from lomar.cli import COMMANDS, main, parse, program
 from lomar.errors import TrainingError, UserError
 from lomar.options import fields_of, flag
 
@@ -92,9 +92,18 @@ def test_the_module_runs_as_the_command_and_hands_on_its_status() -> None:
     assert done.stderr == ("lomar: error: there is no command 'pretrian' (did you mean pretrain?); try lomar --help\n")
 
 
-def test_the_installed_command_is_main() -> None:
+def test_the_installed_command_is_main_and_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C, while the process ends, has the system's handler: no traceback of Python's."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert project["project"]["scripts"] == {"lomar": "lomar.cli:main"}
+    assert project["project"]["scripts"] == {"lomar": "lomar.cli:program"}
+    monkeypatch.setattr("lomar.cli.main", lambda: 130)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as done:
+            program()
+        assert (done.value.code, signal.getsignal(signal.SIGINT)) == (130, signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +172,15 @@ def test_values_reach_the_command_with_their_types() -> None:
         (UserError("no"), 2, "lomar: error: no\n"),
         (TrainingError("no"), 1, "lomar: failed: no\n"),
         (KeyboardInterrupt(), 130, "lomar: interrupted\n"),
+        (MemoryError(), 1, "lomar: failed: no memory is left; a smaller --micro-batch takes less\n"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to "
+                "allocate 4000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            1,
+            "lomar: failed: no memory is left: 4000 bytes more were asked for; a smaller --micro-batch takes less\n",
+        ),
     ],
 )
 def test_each_kind_of_failure_has_its_status(
@@ -172,13 +190,13 @@ def test_each_kind_of_failure_has_its_status(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import lomar.commands.reconstruct
+    import lomar.commands.pretrain
 
     def fail(given: object) -> int:
         raise error
 
-    monkeypatch.setattr(lomar.commands.reconstruct, "command", fail)
-    assert main(["reconstruct"]) == status
+    monkeypatch.setattr(lomar.commands.pretrain, "command", fail)
+    assert main(["pretrain"]) == status
     assert capsys.readouterr().err == text
 
 

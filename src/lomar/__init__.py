@@ -7,6 +7,9 @@
     lomar.finetune(model="run", data="labelled", out="classifier")
     lomar.evaluate(model="classifier", data="labelled")
     lomar.predict(model="classifier", images="photos", out="predictions.csv")
+    lomar.detect(model="run", data="coco", out="detector")
+    lomar.detect_evaluate(model="detector", data="coco")
+    lomar.detect_predict(model="detector", images="photos", out="found")
     lomar.embed(model="run", data="photos", out="photos.safetensors")
 
 Importing lomar loads neither torch nor timm.
@@ -16,9 +19,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["embed", "evaluate", "finetune", "load", "predict", "prepare", "pretrain"]
+__all__ = [
+    "detect",
+    "detect_evaluate",
+    "detect_predict",
+    "embed",
+    "evaluate",
+    "finetune",
+    "load",
+    "predict",
+    "prepare",
+    "pretrain",
+]
 
 if TYPE_CHECKING:
+    from lomar.commands.detect import detect
+    from lomar.commands.detect_evaluate import detect_evaluate
+    from lomar.commands.detect_predict import detect_predict
     from lomar.commands.embed import embed
     from lomar.commands.evaluate import evaluate
     from lomar.commands.finetune import finetune

@@ -1,7 +1,5 @@
 """`python -m lomar` is the command `lomar`."""
 
-import sys
+from lomar.cli import program
 
-from lomar.cli import main
-
-sys.exit(main())
+program()

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import re
 import signal
 import sys
 import typing
@@ -11,12 +12,15 @@ from dataclasses import MISSING
 from typing import Any, NoReturn
 
 from lomar import __version__
-from lomar.errors import TrainingError, UserError
+from lomar.errors import TrainingError, UserError, is_out_of_memory
 from lomar.launch import Launch, launched
 from lomar.options import (
     AttentionOptions,
     BenchmarkOptions,
     ConvertOptions,
+    DetectEvaluateOptions,
+    DetectOptions,
+    DetectPredictOptions,
     EmbedOptions,
     EvaluateOptions,
     ExportOptions,
@@ -45,6 +49,9 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "finetune": (FinetuneOptions, "lomar.commands.finetune"),
     "evaluate": (EvaluateOptions, "lomar.commands.evaluate"),
     "predict": (PredictOptions, "lomar.commands.predict"),
+    "detect": (DetectOptions, "lomar.commands.detect"),
+    "detect-evaluate": (DetectEvaluateOptions, "lomar.commands.detect_evaluate"),
+    "detect-predict": (DetectPredictOptions, "lomar.commands.detect_predict"),
     "knn": (KnnOptions, "lomar.commands.knn"),
     "probe": (ProbeOptions, "lomar.commands.probe"),
     "embed": (EmbedOptions, "lomar.commands.embed"),
@@ -186,6 +193,25 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("lomar: interrupted\n")
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _tell("failed", _without_memory(error, COMMANDS[name][0]))
+        return 1
+
+
+def program() -> NoReturn:
+    """`main` as a process of its own: another Ctrl-C while it ends is not worth a traceback."""
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
+
+
+def _without_memory(error: BaseException, options: type) -> TrainingError:
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    smaller = [flag(name) for name in ("micro_batch", "batch_size") if name in fields_of(options)]
+    text = f"no memory is left{f': {asked[1]} more were asked for' if asked else ''}"
+    return TrainingError(f"{text}; a smaller {smaller[0]} takes less" if smaller else text)
 
 
 def _tell(kind: str, error: UserError | TrainingError) -> None:
@@ -204,4 +230,4 @@ def _tell(kind: str, error: UserError | TrainingError) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

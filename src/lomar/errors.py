@@ -1,5 +1,7 @@
 """The errors a user can cause, each one clear line."""
 
+import re
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the text is one line: what, where, what would be right.
@@ -31,3 +33,11 @@ class TrainingError(Exception):
     def __init__(self, text: str, shared: bool = False) -> None:
         super().__init__(text)
         self.shared = shared
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch, on a CPU or a GPU, had no memory left. torch need not be imported to ask."""
+    of_torch = isinstance(error, RuntimeError)
+    return isinstance(error, MemoryError) or (
+        of_torch and re.search("allocate memory|out of memory", str(error)) is not None
+    )

@@ -93,6 +93,18 @@ def test_spread_weights_learn_as_whole_ones_and_processes_may_change_on_the_way(
     assert lomar("pretrain --resume --out", run).status == 0
 
 
+def test_processes_that_would_not_do_the_same_are_refused_in_one_line(tmp_path: Path, photos: Path) -> None:
+    """As on machines with unlike hardware, or copies of the images that differ. No folder of a run is left."""
+    other = "import os, sys\nif os.environ['RANK'] == '1':\n    sys.argv += ['--weight-decay', '0.1']\n"
+    done = torchrun(tmp_path, other, "pretrain --data", photos, "--out", tmp_path / "run", SHARED, "--max-steps 2")
+    said = [line for line in done.stderr.splitlines() if line.startswith("lomar: ")]
+    assert done.returncode and said == [
+        "lomar: error: process 1 of 2 has --weight-decay 0.1, the first has 0.05: "
+        "they see other images or other hardware; give --weight-decay"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_process_that_dies_ends_the_run_and_it_goes_on(
     lomar: Callable[..., Any], pretrain: Callable[..., Any], tmp_path: Path, photos: Path, course: Course
 ) -> None:

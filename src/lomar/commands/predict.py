@@ -46,7 +46,7 @@ def command(given: Mapping[str, Any]) -> int:
     session = Session(options.model, options.image_size, options.device, options.precision)
     if options.top > len(session.classes):
         raise UserError(f"--top is {options.top}; the model knows {len(session.classes)} classes")
-    source = _images(options.images)
+    source = images_named(options.images)
     unreadable: list[str] = []
 
     def write(path: Path) -> None:
@@ -69,7 +69,7 @@ def command(given: Mapping[str, Any]) -> int:
     return 0
 
 
-def _images(paths: Sequence[str]) -> ImageSource:
+def images_named(paths: Sequence[str]) -> ImageSource:
     """All images that --images names, folders and lists included."""
     return joined([open_source(path, flag="--images") for path in paths])
 

@@ -23,6 +23,7 @@ from lomar.methods.cost import TRAINED_BYTES
 from lomar.model.attention import as_fused
 from lomar.options import (
     AUTO,
+    DetectOptions,
     FinetuneOptions,
     PretrainOptions,
     ProbeOptions,
@@ -31,7 +32,7 @@ from lomar.options import (
     flag,
     read_config,
 )
-from lomar.training.processes import first_alone, together
+from lomar.training.processes import first_alone, said_by_all, together
 from lomar.training.records import close_log, open_log
 
 CONFIG_FILE = "config.yaml"
@@ -40,6 +41,7 @@ _RUNS = {
     "pretrain": PretrainOptions,
     "finetune": FinetuneOptions,
     "probe": ProbeOptions,
+    "detect": DetectOptions,
     "tokenizer train": TokenizerOptions,
 }
 # What a resumed run is told anew, and a configuration does not hold.
@@ -200,9 +202,10 @@ def begun(
         prepare: writes what belongs to the run from its beginning, into the folder.
 
     Raises:
-        UserError: the folder cannot be written, or another process writes it.
+        UserError: the folder cannot be written, another process writes it, or the processes have unlike options.
     """
     with ExitStack() as held, together(fabric):
+        _check_alike(fabric, options)
 
         def make() -> None:
             try:
@@ -224,6 +227,20 @@ def begun(
             yield
         finally:
             close_log()
+
+
+def _check_alike(fabric: Fabric, options: Any) -> None:
+    """Refuse processes that would not do the same: machines that see other images, or other hardware."""
+    names = [name for name, field in fields_of(type(options)).items() if field.metadata["results"]]
+    first, *others = said_by_all(fabric, [{name: getattr(options, name) for name in names}])
+    for rank, other in enumerate(others, start=1):
+        for name in names:
+            if first[name] != other[name]:
+                raise UserError(
+                    f"process {rank} of {fabric.world_size} has {flag(name)} {_shown(other[name])}, "
+                    f"the first has {_shown(first[name])}: they see other images or other hardware; give {flag(name)}",
+                    shared=True,
+                )
 
 
 def _delete(path: Path) -> None:

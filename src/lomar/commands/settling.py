@@ -29,7 +29,7 @@ from lomar.data.loader import SampleKey
 from lomar.data.opening import open_source
 from lomar.data.sources import ImageSource
 from lomar.data.survey import channel_statistics, survey
-from lomar.errors import UserError
+from lomar.errors import UserError, is_out_of_memory
 from lomar.interop.initial import initial_options
 from lomar.interop.tokenizers import load_tokenizer
 from lomar.methods.composition import Composition
@@ -171,7 +171,7 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
         try:
             choices["micro_batch"] = _micro_batch(settled)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch's words
+            if not is_out_of_memory(error):
                 raise
             raise UserError(
                 "one image takes more memory than is free; take a smaller --model, --window-size or grid of patches"

@@ -192,14 +192,35 @@ def readable_sample(
     Raises:
         UserError: one bad file after another.
     """
+
+    def read(index: int) -> T:
+        # Seeded anew for each attempt: what a bad file drew before it failed must not matter.
+        return made(read_image(source.read(index), source.name(index)), seeded(seed, key.epoch, key.index, "crop"))
+
+    return first_readable(source, order, key, bad, read)
+
+
+def first_readable(
+    source: ImageSource, order: Order, key: SampleKey, bad: list[tuple[str, str]], read: Callable[[int], T]
+) -> tuple[T, int]:
+    """What is read of a sample's image, or of others in its place until one can be read; and that image's number.
+
+    Args:
+        source: the images.
+        order: which are tried in the place of a bad one.
+        key: the sample.
+        bad: (name, reason) of files that cannot be read are added to it.
+        read: of an image's number; may raise BadImageError or OSError.
+
+    Raises:
+        UserError: one bad file after another.
+    """
     index = key.index
     for attempt in range(REPLACEMENTS + 1):
-        name = source.name(index)
         try:
-            # Seeded anew for each attempt: what a bad file drew before it failed must not matter.
-            return made(read_image(source.read(index), name), seeded(seed, key.epoch, key.index, "crop")), index
+            return read(index), index
         except (BadImageError, OSError) as error:
-            bad.append((name, reason_for(error)))
+            bad.append((source.name(index), reason_for(error)))
             last = index
             index = order.instead(key.epoch, key.index, attempt)
     name, reason = bad[-1]

@@ -48,6 +48,7 @@ class _Quality:
 
 QUALITIES = (
     _Quality("top1", "validation top-1 accuracy (%)", 100.0),
+    _Quality("box_ap", "average precision of boxes (%)", 100.0),
     _Quality("knn_top1", "k-NN top-1 accuracy (%)", 100.0),
     _Quality("effective_rank", "effective rank of the features", 1.0),
 )

@@ -196,12 +196,24 @@ def title_px(side: int) -> int:
     return max(14, side // 14)
 
 
-def sheet(tiles: Sequence[Sequence[Image.Image]], groups: Sequence[Group], caption: str) -> Image.Image:
-    """Tiles of one size in rows and grouped columns, with headings above and the caption below."""
+def sheet(
+    tiles: Sequence[Sequence[Image.Image]], groups: Sequence[Group], caption: str, letters_px: int | None = None
+) -> Image.Image:
+    """Tiles of one size in rows and grouped columns, with headings above and the caption below.
+
+    Args:
+        tiles: rows of as many as the groups have titles.
+        groups: of columns.
+        caption: wrapped.
+        letters_px: size of titles and caption; None goes by the tiles' width.
+    """
     side, height = tiles[0][0].size
     gap = max(4, side // 40)
     margin = 3 * gap
-    letters, bold = typeface(title_px(side), "DejaVuSans"), typeface(max(15, side // 13), "DejaVuSans-Bold")
+    letters, bold = (
+        typeface(letters_px or title_px(side), "DejaVuSans"),
+        typeface(max(15, side // 13), "DejaVuSans-Bold"),
+    )
     line_px = round(1.45 * letters.size)
 
     lefts: list[int] = []

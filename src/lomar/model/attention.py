@@ -36,10 +36,12 @@ class Places(NamedTuple):
     Args:
         at: int32 (R or 1, N, 2), row and column; `positions.NOWHERE` of cls.
         buckets: int64 (R or 1, N, N), which vector of the table each pair uses; None where a kernel works that out.
+        extent: (rows, columns) of the image in patches, where attention cuts it into windows.
     """
 
     at: Tensor
     buckets: Tensor | None
+    extent: Grid | None = None
 
 
 # What `relate` makes of the coordinates for the blocks: a bias, places, or rows of a table and its grid.
@@ -105,17 +107,36 @@ def contextual_by_products(q: Tensor, k: Tensor, v: Tensor, table: Tensor, place
 def contextual_recomputed(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: Places, first: int = 0) -> Tensor:
     """The same, a few heads at a time and again in the backward pass: nothing of size heads x M x N is kept."""
     buckets = _buckets(places, first)
+
+    def bias(q: Tensor, row: int, heads: slice) -> Tensor:
+        return contextual_bias(q, table, buckets[row : row + 1] if len(buckets) > 1 else buckets)
+
+    return recomputed(q, k, v, bias)
+
+
+def recomputed(q: Tensor, k: Tensor, v: Tensor, bias: Callable[[Tensor, int, slice], Tensor]) -> Tensor:
+    """`attend`, a few heads of a row at a time and again in the backward pass.
+
+    Args:
+        q: (R, heads, M, d).
+        k, v: (R, heads, N, d).
+        bias: some heads' queries (1, h, M, d), their row and which heads they are -> (1, h, M, N).
+
+    Returns:
+        (R, heads, M, d).
+    """
     some = max(1, _ELEMENTS_AT_ONCE // (q.shape[-2] * k.shape[-2]))  # heads at a time
 
-    def part(q: Tensor, k: Tensor, v: Tensor, table: Tensor, buckets: Tensor) -> Tensor:
-        return by_products(q, k, v, contextual_bias(q, table, buckets))
+    def part(q: Tensor, k: Tensor, v: Tensor, row: int, heads: slice) -> Tensor:
+        return by_products(q, k, v, bias(q, row, heads))
 
     rows = []
     for row in range(q.shape[0]):
-        here = slice(row, row + 1)
-        own = buckets[here] if len(buckets) > 1 else buckets
-        heads = zip(*(each[here].split(some, dim=1) for each in (q, k, v)), strict=True)
-        parts = [checkpoint(part, *few, table, own, use_reentrant=False) for few in heads]
+        parts = []
+        for start in range(0, q.shape[1], some):
+            heads = slice(start, start + some)
+            few = (each[row : row + 1, heads] for each in (q, k, v))
+            parts.append(checkpoint(part, *few, row, heads, use_reentrant=False))
         rows.append(torch.cat(parts, dim=1))
     return torch.cat(rows)
 
@@ -145,7 +166,7 @@ def backend_for(q: Tensor, tokens: int) -> str:
     """
     if torch.compiler.is_exporting():  # first: a program of any size must not ask for its number of tokens
         return "products"
-    if _may_be_fused(q.device):
+    if may_be_fused(q.device):
         from lomar.model.kernels import supported
 
         if supported(q):
@@ -159,7 +180,8 @@ def _written_out(tokens: int) -> bool:
     return tokens <= (KEPT_TOKENS if torch.is_grad_enabled() else WRITTEN_TOKENS)
 
 
-def _may_be_fused(device: torch.device) -> bool:
+def may_be_fused(device: torch.device) -> bool:
+    """Whether there are kernels for a device that work a contextual bias out by themselves."""
     if not _TRITON or device.type != "cuda":
         return False
     from lomar.model.kernels import capable
@@ -269,7 +291,7 @@ class ContextualAttention(Attention):
     def relate(self, coordinates: Tensor, extent: Grid | None) -> Places:
         """The places of the tokens with cls first, and their buckets where no kernel works them out."""
         at = with_cls(coordinates)
-        return Places(at, None if _may_be_fused(at.device) else contextual_buckets(at))
+        return Places(at, None if may_be_fused(at.device) else contextual_buckets(at))
 
     def bias(self, q: Tensor, relation: Relation, first: int = 0) -> Tensor:
         """(R, heads, M, N)."""

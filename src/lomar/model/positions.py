@@ -251,6 +251,7 @@ def resize_absolute(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
     """
     if grid == new_grid:
         return table
-    places = table[:, 1:].reshape(1, *grid, -1).permute(0, 3, 1, 2).float()
+    kind = torch.promote_types(table.dtype, torch.float32)  # half a precision is too little to interpolate in
+    places = table[:, 1:].reshape(1, *grid, -1).permute(0, 3, 1, 2).to(kind)
     places = nn.functional.interpolate(places, new_grid, mode="bicubic", align_corners=False)
     return torch.cat([table[:, :1], places.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)

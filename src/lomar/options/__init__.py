@@ -4,6 +4,7 @@ No heavy import here: `lomar --help` reads these files alone.
 """
 
 from lomar.options.benchmarking import BenchmarkOptions
+from lomar.options.detection import DetectEvaluateOptions, DetectOptions, DetectPredictOptions
 from lomar.options.downstream import (
     EmbedOptions,
     EvaluateOptions,
@@ -36,6 +37,9 @@ __all__ = [
     "AttentionOptions",
     "BenchmarkOptions",
     "ConvertOptions",
+    "DetectEvaluateOptions",
+    "DetectOptions",
+    "DetectPredictOptions",
     "EmbedOptions",
     "EvaluateOptions",
     "ExportOptions",

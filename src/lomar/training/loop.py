@@ -19,7 +19,7 @@ from lomar.files import flush_to_disk
 from lomar.training.bad_files import BadFiles
 from lomar.training.checkpoint import FOLDER, Checkpoints
 from lomar.training.memory import keep_freed_memory
-from lomar.training.optim import Schedule
+from lomar.training.optim import Schedule, StepSchedule
 from lomar.training.processes import first_alone, said_by_all
 from lomar.training.records import Display, Metrics, Row, TensorBoard
 from lomar.training.signals import StopRequest
@@ -54,7 +54,7 @@ class Course:
     images: int
     fingerprint: str
     batch_size: int
-    schedule: Schedule
+    schedule: Schedule | StepSchedule
     clip_grad: float
     checkpoint_steps: int | None
     checkpoint_minutes: float

@@ -86,3 +86,29 @@ class Schedule:
         progress = (step - self.warmup_steps) / max(1.0, self.total_steps - self.warmup_steps)
         share = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
         return self.min_lr + (self.peak_lr - self.min_lr) * share
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """A short linear warm-up, then one rate that falls to a tenth at each milestone, counted in optimiser steps.
+
+    Args:
+        peak_lr: highest learning rate.
+        warmup_steps: steps to reach it.
+        warmup_factor: of the first rate over the highest.
+        milestones: steps after which the rate is a tenth of what it was.
+
+    Source: detectron2 and mmdetection.
+    """
+
+    peak_lr: float
+    warmup_steps: int
+    warmup_factor: float
+    milestones: tuple[int, ...]
+
+    def lr(self, step: int) -> float:
+        """Learning rate of the update that follows `step` updates."""
+        rate = self.peak_lr * 0.1 ** sum(step >= milestone for milestone in self.milestones)
+        if step < self.warmup_steps:
+            rate *= self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
+        return rate

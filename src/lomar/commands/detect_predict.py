@@ -1,0 +1,93 @@
+"""`lomar detect-predict`: objects in images, as COCO results and as pictures."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lomar.commands.detecting import RESULTS_FILE, DetectingSession, drawn, make_folder, seen
+from lomar.commands.predict import images_named
+from lomar.commands.runs import raise_unless_done
+from lomar.data.sources import ImageSource
+from lomar.detection.results import Found, Result, coco_results, write_results
+from lomar.errors import BadImageError, UserError
+from lomar.figures.detections import draw_detections
+from lomar.files import write_atomically
+from lomar.options import DetectPredictOptions, converted
+
+PICTURES = "pictures"  # the folder of them, in --out
+
+
+def detect_predict(**options: Any) -> Path:
+    """Find objects in images; the same keys as the options of `lomar detect-predict`, with underscores.
+
+    Returns:
+        The folder with results.json and the pictures.
+
+    Raises:
+        UserError: an option is unknown or wrong, the model is no detector, or no image can be read.
+    """
+    given = converted(DetectPredictOptions, options)
+    raise_unless_done(command(given))
+    return Path(given["out"])
+
+
+def command(given: Mapping[str, Any]) -> int:
+    """Run `lomar detect-predict` with the options that were given; returns the exit status."""
+    for name in ("model", "images", "out"):
+        if name not in given:
+            raise UserError(f"--{name} is missing; see lomar detect-predict --help")
+    options = DetectPredictOptions(**given)
+    out = Path(options.out)
+    make_folder(out, (RESULTS_FILE, PICTURES), options.overwrite)
+    session = DetectingSession(options.model, options.image_size, options.device, options.precision)
+    source = images_named(options.images)
+    counted = {"objects": 0, "unreadable": 0, "pictures": 0}
+
+    def results() -> Iterator[Result]:
+        with closing(session.found(source, options.batch_size, options.workers)) as answers:
+            for index, found in enumerate(answers):
+                if found is None:
+                    counted["unreadable"] += 1
+                    continue
+                if options.pictures is None or counted["pictures"] < options.pictures:
+                    counted["pictures"] += _draw(out / PICTURES, source, index, found, session, options.score)
+                counted["objects"] += int((found.scores >= options.score).sum())
+                # A file has no number of COCO's: its path stands for it.
+                yield from coco_results(_path(source, index), found, session.detector.plan.category_ids)
+        if counted["unreadable"] == len(source):
+            raise UserError(f"--images: none of {len(source)} can be read, for example {source.name(0)}")
+
+    try:
+        write_results(out / RESULTS_FILE, results())
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    looked_at = len(source) - counted["unreadable"]
+    sys.stdout.write(
+        f"{counted['objects']} objects with a score of {options.score:g} or more in {looked_at} images; "
+        f"all in {out / RESULTS_FILE}, {counted['pictures']} pictures in {out / PICTURES}\n"
+    )
+    if counted["unreadable"]:
+        sys.stdout.write(f"{counted['unreadable']} images could not be read\n")
+    return 0
+
+
+def _path(source: ImageSource, index: int) -> str:
+    return source.path(index).decode("utf-8", "replace")
+
+
+def _draw(folder: Path, source: ImageSource, index: int, found: Found, session: DetectingSession, score: float) -> int:
+    """Write the picture of an image; how many were written."""
+    try:
+        image = seen(source, index)
+    except BadImageError:  # channels that are no colours
+        return 0
+    picture = Image.fromarray(draw_detections(image, drawn(found, score), session.detector.plan.classes))
+    inside = [part for part in Path(_path(source, index)).parts if part not in ("..", "/", "\\")]
+    path = folder.joinpath(*inside).with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+    return 1
