@@ -101,7 +101,7 @@ def marks(steps: int) -> list[int]:
 MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
-import lomar.data.sources as sources
+import lomar.data.opening as opening
 import numpy
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -111,7 +111,7 @@ def watch():
         peak[0] = max(peak[0], resident())
 threading.Thread(target=watch, daemon=True).start()
 began = time.monotonic()
-source = sources.open_source(sys.argv[1])
+source = opening.open_source(sys.argv[1])
 seconds = time.monotonic() - began
 done.set()
 import gc; gc.collect()

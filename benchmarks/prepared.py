@@ -24,7 +24,7 @@ from lomar.benchmark.loading import LOMAR, PILLOW, loading_step
 from lomar.benchmark.machine import processor_name, versions
 from lomar.benchmark.place import Place
 from lomar.commands.prepare import prepare
-from lomar.data.sources import open_source
+from lomar.data.opening import open_source
 
 VIEWS = 4
 

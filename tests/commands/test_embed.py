@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 import lomar as package
 from lomar.commands import embed as subject
 from lomar.commands import frozen
-from lomar.data.sources import open_source
+from lomar.data.opening import open_source
 from lomar.downstream import embedding_writer as writing
 from lomar.downstream.embedding import begun, partial_of, read_embedding
 from lomar.interop.weights import save_encoder

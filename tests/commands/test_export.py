@@ -18,7 +18,7 @@ from PIL import Image
 import lomar as package
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import centre_crops
-from lomar.data.sources import open_source
+from lomar.data.opening import open_source
 from lomar.interop.card import INSTALL
 from lomar.interop.weights import save_classifier, save_encoder
 from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES

@@ -14,7 +14,8 @@ from lomar import load
 from lomar.commands.frozen import FrozenEncoder
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import centre_crops
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.opening import open_source
+from lomar.data.sources import ImageSource
 
 QUICK = "--workers 0 --device cpu --precision fp32"
 LABELS = [0] * 4 + [1] * 4  # blue, red

@@ -19,8 +19,8 @@ from PIL import Image
 import lomar as package
 from lomar.cli import main
 from lomar.data import shard_writer as writing
+from lomar.data.opening import open_source
 from lomar.data.shard_writer import ShardWriter
-from lomar.data.sources import open_source
 from lomar.downstream.embedding import read_embedding
 from lomar.errors import UserError
 

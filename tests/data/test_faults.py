@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from lomar.data import workers
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import CropPlan, MicroBatch, SampleKey, pretraining_batches
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.opening import open_source
+from lomar.data.sources import ImageSource
 from lomar.data.survey import channel_statistics, survey
 from lomar.data.workers import loaded
 from lomar.errors import TrainingError, UserError

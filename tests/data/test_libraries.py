@@ -10,9 +10,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from lomar.data import libraries
 from lomar.data.decode import PixelFormat, read_image
 from lomar.data.labels import labelled_data
-from lomar.data.sources import ImageSource, folders_in, is_there, joined, open_source
+from lomar.data.opening import folders_in, is_there, open_source
+from lomar.data.sources import ImageSource, joined
 from lomar.errors import UserError
 
 RGB8 = PixelFormat(3, "uint8")
@@ -126,6 +128,7 @@ def test_torchs_own_folder_is_taken_where_it_is_set(
     ("name", "message"),
     [
         ("torchvision:", "a name must follow, as in torchvision:CIFAR10:test"),
+        ("torchvision:LSUN", "has no dataset 'LSUN' that can be opened by name"),  # it unpickles what is beside it
         ("torchvision:CIFAR11", "has no dataset 'CIFAR11' that can be opened by name; do you mean CIFAR10?"),
         ("torchvision:VisionDataset", "has no dataset"),
         ("torchvision:FakeData", "has no dataset"),
@@ -259,3 +262,8 @@ def test_what_is_not_on_this_machine_is_not_downloaded(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="nothing is downloaded here") as caught:
         open_source("hf:nobody/nothing/small:test")
     assert "datasets.load_dataset('nobody/nothing', 'small')" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_row_of_hugging_face_without_image_and_path_is_unreadable() -> None:
+    with pytest.raises(OSError, match="neither an image nor a path"):
+        libraries._Column([{"image": {"bytes": None, "path": None}}], "image")(0)

@@ -27,8 +27,9 @@ from lomar.data.loader import (
     share_of_batch,
     stream,
 )
+from lomar.data.opening import open_source
 from lomar.data.order import Shuffled
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 from lomar.seeding import seeded
 

@@ -163,6 +163,17 @@ def test_images_of_a_subset_are_dealt_by_their_shards() -> None:
     assert {order.instead(0, 2, 0) for _ in range(9)} <= {0, 2, 5}
 
 
+def test_of_images_in_no_shard_none_is_fetched() -> None:
+    groups = grouped([Far("0", MB, ""), Far("1", MB, "")], np.array([-1, 1, -1, 0]))
+    assert [(shard.path, shard.remote) for shard in groups.shards] == [("", False), ("0", True), ("1", True)]
+    assert [[int(groups.indices[place]) for place in groups.of(n)] for n in range(3)] == [[0, 2], [3], [1]]
+
+
+def test_shards_of_a_length_that_is_not_told_count_as_large() -> None:
+    order = Lanes(groups_of([100] * 256, -1), seed=3, batch_size=128)
+    assert (order.lanes, order.pooled, order.bytes_at_once(range(128))) == (16, 1, 2**34)
+
+
 def test_images_at_hand_come_as_before_and_those_of_shards_to_be_fetched_by_lanes() -> None:
     def source(kind: type[Shard]) -> ImageSource:
         shards = tuple(kind(f"{n}.tar", MB, "") for n in range(3))

@@ -1,14 +1,19 @@
 """Claims about shards at addresses, told by a server in this process that fails when it is asked to."""
 
+import errno
+import fcntl
 import io
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,15 +26,17 @@ import PIL.Image
 import pytest
 import torch
 
-from lomar.data import ahead, cache, fetching
+from lomar.data import ahead, archives, cache, fetching
 from lomar.data import order as order_module
 from lomar.data.archives import RemoteTars
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import labelled_data
 from lomar.data.loader import CropPlan, MicroBatch, SampleKey, pretraining_batches
+from lomar.data.opening import folders_in, is_there, open_source
 from lomar.data.shard_writer import ShardWriter
-from lomar.data.sources import ImageSource, folders_in, is_there, joined, open_source
+from lomar.data.sources import ImageSource, joined
 from lomar.data.survey import spread_over, survey
+from lomar.data.tars import TarIndex
 from lomar.errors import UserError
 
 COUNTS = (5, 4, 6, 5, 3, 5, 4, 5)
@@ -64,7 +71,7 @@ def shards() -> dict[str, bytes]:
 
 
 class Server:
-    """Files by HTTP. `fails[name]` holds what is done instead to the next GETs of a file: a status, or "cut"."""
+    """Files by HTTP. `fails[name]` holds what is done instead to the next GETs of a file: a status, "cut" or "more"."""
 
     def __init__(self) -> None:
         self.files = shards()
@@ -90,16 +97,19 @@ class Server:
                 what = None
                 if with_content and name:
                     server.got.append(name)
-                    time.sleep(server.slow_s)
+                    time.sleep(server.slow_s if name.endswith(".tar") else 0)
                     what = server.fails[name].pop(0) if server.fails.get(name) else None
                 if content is None or isinstance(what, int):
                     self.send_error(what if isinstance(what, int) else 404)
                     return
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
+                if what != "more":  # as much again, until the connection ends
+                    self.send_header("Content-Length", str(len(content)))
                 self.send_header("ETag", server.version.get(name, "first"))
                 self.end_headers()
-                if with_content:
+                if what == "more":
+                    self.wfile.write(content * 2)
+                elif with_content:
                     self.wfile.write(content[: len(content) // 2] if what == "cut" else content)
 
             def log_message(self, *_: Any) -> None:
@@ -156,7 +166,8 @@ def test_braces_wildcards_and_folders_at_an_address_are_the_images_of_their_tars
     source = open_source(server.address + rest)
     assert contents(source) == EVERYTHING
     assert server.tars_got() == sorted(server.files)  # each once, to be counted and to be read
-    assert source.name(5).endswith(f"/x-1.tar{rest.partition('.tar')[2]}/b/05.png")
+    assert source.name(5).endswith(f"/x-1.tar{'?***' if '?' in rest else ''}/b/05.png")
+    assert os.fsdecode(source.path(5)).endswith(f"/x-1.tar{rest.partition('.tar')[2]}/b/05.png")
 
 
 def test_another_file_system_of_fsspec_is_read_alike() -> None:
@@ -192,6 +203,23 @@ def test_what_is_told_beside_the_shards_need_not_be_counted(server: Server) -> N
     assert len(source) == sum(COUNTS) and server.tars_got() == []
     assert source.read(0) == EVERYTHING[0] and server.tars_got() == ["x-0.tar"]
     assert contents(source) == EVERYTHING
+
+
+def test_images_are_counted_without_their_places_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred million would take some GB; here a million."""
+
+    def found(shard: fetching.RemoteShard) -> TarIndex:
+        numbers = np.arange(1, 10_001)
+        return TarIndex(b"0123456789ab.jpg" * 10_000, 16 * numbers, 1024 * numbers, np.full(10_000, 500))
+
+    monkeypatch.setattr(archives, "remote_index", found)
+    monkeypatch.setattr(archives, "_told_counts", lambda shards: [None] * len(shards))
+    shards = [fetching.RemoteShard(f"https://host/{number}.tar", 10**9, "") for number in range(100)]
+    tracemalloc.start()
+    assert archives._counts(shards, "--data x").tolist() == [10_000] * 100
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 10**6
 
 
 def test_img2dataset_tells_it_too(server: Server) -> None:
@@ -328,6 +356,32 @@ def test_what_cannot_be_fetched_is_unreadable_and_not_asked_for_again_for_a_whil
     assert source.read(5) == EVERYTHING[5] and kept(folder) == [".tar"]
 
 
+def test_a_start_asks_anew_for_what_an_earlier_one_could_not_fetch(server: Server) -> None:
+    server.fails["x-1.tar"] = [404]
+    with pytest.raises(OSError, match="there is no such file"):
+        told_beside(server).read(5)
+    assert told_beside(server).read(5) == EVERYTHING[5]
+
+
+def test_a_failure_that_comes_later_by_a_clock_set_back_is_not_remembered(server: Server, folder: Path) -> None:
+    source = told_beside(server)
+    server.fails["x-1.tar"] = [404]
+    with pytest.raises(OSError, match="there is no such file"):
+        source.read(5)
+    (failed,) = (folder / "shards").glob("*.failed")
+    os.utime(failed, (time.time() + 1e5, time.time() + 1e5))
+    assert source.read(5) == EVERYTHING[5]
+
+
+def test_a_server_that_sends_more_than_it_said_is_not_listened_to(server: Server) -> None:
+    """Without a length; asked again it would do the same."""
+    source = told_beside(server)
+    server.fails["x-0.tar"] = ["more"] * 99
+    with pytest.raises(OSError, match=rf"cannot be fetched: more than {len(server.files['x-0.tar']):,} bytes come"):
+        source.read(0)
+    assert server.tars_got() == ["x-0.tar"] and source.read(5) == EVERYTHING[5]
+
+
 def test_of_a_server_that_is_gone_one_line_says_so(server: Server) -> None:
     source = told_beside(server)
     server.close()
@@ -369,6 +423,26 @@ def test_what_is_not_there_is_refused_in_one_line(server: Server, rest: str, mes
     assert str(caught.value).startswith(f"--images {server.address}{rest}: ") and "\n" not in str(caught.value)
 
 
+def test_keys_in_an_address_are_not_told(server: Server) -> None:
+    address = server.all.replace("http://", "http://user:word@") + "?sign=secret"
+    source = open_source(address)
+    assert contents(source) == EVERYTHING and source.name(0).endswith("/x-0.tar?***/a/00.png")
+    server.fails["x-0.tar"], server.files["y.tar"] = [403], b"no tar file"
+    shutil.rmtree(cache.cache_folder())
+    with pytest.raises(UserError) as caught:
+        open_source(address)
+    told = [str(caught.value)]
+    for rest in ("/gone.tar", "/y.tar", "/x-0.tar/none"):
+        with pytest.raises(UserError) as caught:
+            open_source(address.partition("/x-")[0] + rest.replace(".tar", ".tar?sign=secret"))
+        told.append(str(caught.value))
+    server.close()
+    with pytest.raises(UserError) as caught:
+        open_source(address)
+    told.append(str(caught.value))
+    assert all("***@127.0.0.1" in line and "word" not in line and "secret" not in line for line in told)
+
+
 def missing(package: str) -> bool:
     try:
         __import__(package)
@@ -382,6 +456,10 @@ def missing(package: str) -> bool:
     [
         ("nothing://x/y.tar", "nothing:// is no protocol that fsspec knows"),
         ("file:///x/y.tar", "give the path alone, /x/y.tar"),
+        ("https://", "the name of a host or bucket must follow ://"),
+        ("https:///y.tar", "the name of a host or bucket must follow ://"),
+        ("http://127.0.0.1:99999/y.tar", "cannot be fetched: Port out of range"),
+        ("reference://y.tar", "missing 1 required positional argument"),
         *[
             pytest.param(
                 f"{name}://x/y.tar",
@@ -404,7 +482,7 @@ def test_a_protocol_that_cannot_be_used_is_told(address: str, message: str) -> N
 def test_of_two_processes_that_want_a_shard_one_fetches_it(server: Server, folder: Path) -> None:
     server.slow_s = 0.7
     code = (
-        "import sys; from lomar.data.sources import open_source; s = open_source(sys.argv[1]);"
+        "import sys; from lomar.data.opening import open_source; s = open_source(sys.argv[1]);"
         "assert len(s) == 5 and s.read(3); assert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", code, f"{server.address}/x-0.tar"]
@@ -475,6 +553,141 @@ def test_a_shard_larger_than_the_cache_is_unreadable(server: Server, monkeypatch
     monkeypatch.setenv("LOMAR_CACHE_GB", "0.000001")
     with pytest.raises(OSError, match="more than LOMAR_CACHE_GB allows"):
         source.read(0)
+
+
+def test_when_it_may_be_larger_it_is_fetched(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = told_beside(server)
+    monkeypatch.setenv("LOMAR_CACHE_GB", "0.000001")
+    with pytest.raises(OSError, match="more than LOMAR_CACHE_GB allows"):
+        source.read(0)
+    monkeypatch.delenv("LOMAR_CACHE_GB")
+    assert source.read(0) == EVERYTHING[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_is_no_fault_of_the_server(
+    server: Server, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked once, and again when there is room."""
+    monkeypatch.setenv("LOMAR_CACHE", str(small_disk))
+    server.files["x-0.tar"] += bytes(5_000_000)
+    source = told_beside(server)
+    for _ in range(2):
+        server.got.clear()
+        with pytest.raises(OSError, match=f"cannot be kept in {small_disk}: No space left on device"):
+            source.read(0)
+        assert server.tars_got() == ["x-0.tar"] and kept(small_disk) == []
+    server.files["x-0.tar"] = server.files["x-0.tar"][:-4_000_000]
+    assert told_beside(server).read(0) == EVERYTHING[0]
+
+
+def test_where_a_file_system_has_no_locks_two_that_fetch_a_shard_both_have_it(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_lock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    source = told_beside(server)
+    server.slow_s = 0.2
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(source.read, [0, 1])) == EVERYTHING[:2]
+    assert server.tars_got() == ["x-0.tar"] * 2 and kept(folder) == [".tar"]
+
+
+def test_a_process_forked_while_a_shard_is_fetched_does_not_keep_its_lock(server: Server) -> None:
+    shard = fetching.shard_at(f"{server.address}/x-0.tar")
+    server.slow_s = 0.3
+    thread = threading.Thread(target=shard.fetch)
+    thread.start()
+    while not server.got:
+        time.sleep(0.01)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    thread.join()
+    shard.file.unlink()
+    shard.fetch(wait=False)
+    assert shard.file.exists()
+    child.kill()
+    child.join()
+
+
+def test_what_a_killed_process_left_is_deleted_and_what_others_fetch_counts(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = told_beside(server)
+    source.read(0)
+    for name in ("old", "new"):
+        (folder / "shards" / f"{name}.part").write_bytes(bytes(20_000))
+    os.utime(folder / "shards" / "old.part", (time.time() - 2 * cache._ABANDONED_S,) * 2)
+    monkeypatch.setenv("LOMAR_CACHE_GB", str((20_000 + len(server.files["x-1.tar"])) / 1e9))
+    source.read(5)
+    assert not (folder / "shards" / "old.part").exists() and kept(folder) == [".part", ".tar"]
+
+
+def test_the_cache_may_be_deleted_while_a_shard_comes(server: Server, folder: Path) -> None:
+    source = told_beside(server)
+    server.slow_s = 0.2
+
+    def delete() -> None:
+        while not server.tars_got():
+            time.sleep(0.01)
+        shutil.rmtree(folder)
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    assert source.read(0) == EVERYTHING[0]
+    thread.join()
+
+
+def test_an_index_that_was_damaged_in_the_cache_is_fetched_anew(server: Server, prepared: str) -> None:
+    assert len(open_source(prepared)) == 8
+    kept_file = fetching.shard_at(f"{prepared}/index.safetensors").file
+    os.truncate(kept_file, 50)
+    assert len(open_source(prepared)) == 8
+    size = kept_file.stat().st_size
+    kept_file.write_bytes(bytes(size))
+    with pytest.raises(UserError, match="is damaged"):
+        open_source(prepared)
+    assert len(open_source(prepared)) == 8
+
+
+def test_several_are_worked_on_at_once_in_order_and_none_after_an_error() -> None:
+    assert list(fetching.at_once(lambda number: number**2, range(100))) == [number**2 for number in range(100)]
+    begun = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.02)
+        return 6 // (3 - number)
+
+    with pytest.raises(ZeroDivisionError):
+        list(fetching.at_once(work, range(1000), threads=4))
+    time.sleep(0.1)
+    assert len(begun) < 20
+
+
+def test_who_stops_a_run_that_counts_its_images_waits_for_no_shard(server: Server, tmp_path: Path) -> None:
+    server.slow_s = 20.0
+    command = [sys.executable, "-m", "lomar", "pretrain", "--data", server.all, "--out", str(tmp_path / "run")]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not server.tars_got() and run.poll() is None:
+        time.sleep(0.05)
+    began = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=60)[1] == "lomar: interrupted\n" and run.returncode == 130
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("limit", ["a lot", "0", "-1", "nan", "inf"])
@@ -589,7 +802,7 @@ def test_a_survey_looks_into_a_few_shards_alone(server: Server) -> None:
 def test_nothing_of_a_network_is_imported_for_files_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(shards()["x-0.tar"])
     code = (
-        "import sys; from lomar.data.sources import open_source; assert len(open_source(sys.argv[1])) == 5;"
+        "import sys; from lomar.data.opening import open_source; assert len(open_source(sys.argv[1])) == 5;"
         "assert not {'torch', 'fsspec', 'aiohttp', 'datasets', 'torchvision'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.tar")], check=True)

@@ -24,10 +24,11 @@ from safetensors.numpy import load_file, save_file
 
 from lomar.data.decode import PixelFormat, read_image
 from lomar.data.labels import judging_images, labelled_data
+from lomar.data.opening import folders_in, images_at, is_there, open_source
 from lomar.data.preparing import Preparation, Prepared
 from lomar.data.shard_writer import ShardWriter, member_name, more_than_once, without_ending
 from lomar.data.shards import INDEX_FILE, JOURNAL_FILE, Members, Shard, damaged, read_index
-from lomar.data.sources import ImageSource, folders_in, images_at, is_there, joined, open_source
+from lomar.data.sources import ImageSource, joined
 from lomar.errors import BadImageError, UserError
 
 SETTINGS = {"short_side": 17, "encoding": "raw"}

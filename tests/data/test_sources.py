@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.opening import open_source
+from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 
 
@@ -68,7 +69,7 @@ def test_one_image_is_a_source(tmp_path):
 
 def test_the_embedded_sample_needs_no_scikit_import():
     code = (
-        "import sys; from lomar.data.sources import open_source; s = open_source('sample');"
+        "import sys; from lomar.data.opening import open_source; s = open_source('sample');"
         "assert len(s) >= 14, len(s);"
         "assert all(len(s.read(i)) > 10_000 for i in range(len(s)));"
         "assert not {'sklearn', 'skimage'} & set(sys.modules)"

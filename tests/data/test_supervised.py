@@ -14,7 +14,7 @@ from timm.data.auto_augment import RandAugment
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import Labelled
 from lomar.data.loader import MicroBatch
-from lomar.data.sources import open_source
+from lomar.data.opening import open_source
 from lomar.data.supervised import Augmentation, policy_transform, training_batches
 from lomar.errors import UserError
 

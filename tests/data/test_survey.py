@@ -3,7 +3,7 @@ import PIL.Image
 import pytest
 
 from lomar.data.decode import PixelFormat
-from lomar.data.sources import open_source
+from lomar.data.opening import open_source
 from lomar.data.survey import channel_statistics, survey
 from lomar.errors import UserError
 

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lomar.data import archives, tars
-from lomar.data.addresses import MOST_NAMES, is_address, tars_and_inside, without_braces
+from lomar.data.addresses import MOST_NAMES, is_address, shown, tars_and_inside, without_braces
 from lomar.data.labels import labelled_data
-from lomar.data.sources import ENDINGS, ImageSource, folders_in, images_at, is_there, joined, open_source
+from lomar.data.opening import folders_in, images_at, is_there, open_source
+from lomar.data.sources import ENDINGS, ImageSource, joined
 from lomar.data.tars import TarIndex, read_tar_index, scan, write_tar_index
 from lomar.errors import UserError
 
@@ -189,10 +190,28 @@ def test_a_folder_that_is_called_tar_is_a_folder(tmp_path: Path) -> None:
         ("{not a range}.tar", ["{not a range}.tar"]),
         ("{0..1}{x}.tar", ["0{x}.tar", "1{x}.tar"]),
         ("{a,{1..2}}", ["a", "1", "2"]),
+        ("{a{1,2},b}", ["a1", "b", "a2"]),
+        ("{,a}" * 40, ["a" * count for count in range(41)]),  # 2^40 ways to 41 names
+        ("{0..0}" * 1200, ["0" * 1200]),
     ],
 )
 def test_braces_stand_for_what_a_shell_makes_of_them(name: str, expected: list[str]) -> None:
     assert without_braces(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("https://user:word@host/x-{0..9}.tar?key=1&b=%2F2", "https://***@host/x-{0..9}.tar?***"),
+        ("https://host/x.tar?key=1/a/b.png", "https://host/x.tar?***/a/b.png"),
+        ("HTTP://host/folder?key=1", "HTTP://host/folder?***"),
+        ("s3://bucket/x-?.tar/a@b.png", "s3://bucket/x-?.tar/a@b.png"),
+        ("ftp://me:word@host/x.tar", "ftp://***@host/x.tar"),
+        ("a/b?c@d.png", "a/b?c@d.png"),
+    ],
+)
+def test_of_an_address_all_is_shown_but_what_may_be_a_key(name: str, expected: str) -> None:
+    assert shown(name) == expected
 
 
 @pytest.mark.parametrize("name", ["{0..999999999}", "{0..999}{0..999}", "{0..999999999999}{0..9}"])

@@ -21,8 +21,8 @@ from PIL import Image
 import lomar as package
 from lomar.cli import main
 from lomar.data.labels import labelled_data
+from lomar.data.opening import open_source
 from lomar.data.shards import INDEX_FILE, is_finished, read_index
-from lomar.data.sources import open_source
 from lomar.downstream.embedding import read_embedding
 from lomar.errors import UserError
 from lomar.interop.tokenizers import load_tokenizer, save_tokenizer

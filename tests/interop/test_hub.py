@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 import lomar
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import centre_crops
-from lomar.data.sources import open_source
+from lomar.data.opening import open_source
 from lomar.errors import UserError
 from lomar.interop import hub
 from lomar.interop.card import INSTALL, Accuracy, Background

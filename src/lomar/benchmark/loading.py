@@ -10,7 +10,8 @@ import torch
 from lomar.benchmark.place import Place
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import CropPlan, pretraining_batches
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.opening import open_source
+from lomar.data.sources import ImageSource
 from lomar.data.survey import spread
 from lomar.methods.masks import UniformMask
 from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD

@@ -11,7 +11,7 @@ from lomar.benchmark.place import Place
 from lomar.benchmark.yardstick import TimmMAE
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import CropPlan, SampleKey, pretraining_batches
-from lomar.data.sources import open_source
+from lomar.data.opening import open_source
 from lomar.methods.composition import Composition
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.methods.targets import VisualTokens

@@ -16,7 +16,7 @@ from lomar.benchmark.pretraining import OPENAI_BLOCKS, OPENAI_WIDTH
 from lomar.benchmark.rounds import Row
 from lomar.commands.automatic import Hardware, compiling, decoder_for, find_hardware, loading_workers
 from lomar.commands.settling import check_fit
-from lomar.data.sources import open_source
+from lomar.data.opening import open_source
 from lomar.errors import UserError
 from lomar.methods.composition import Composition
 from lomar.methods.cost import STEP, forward_flops, kept_bytes, passages, tokenizer_flops, trained_parameters

@@ -13,7 +13,8 @@ from lomar import __version__
 from lomar.commands.frozen import FrozenEncoder, check_readable, open_frozen, weights_digest, why
 from lomar.commands.progress import watched
 from lomar.commands.runs import raise_unless_done
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.opening import open_source
+from lomar.data.sources import ImageSource
 from lomar.downstream.embedding import begun
 from lomar.downstream.embedding_writer import (
     ENDINGS,

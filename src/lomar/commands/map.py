@@ -15,7 +15,7 @@ from sklearn.manifold import TSNE
 
 from lomar.data.augment import centre_crop
 from lomar.data.decode import PixelFormat, read_image
-from lomar.data.sources import images_at, is_there
+from lomar.data.opening import images_at, is_there
 from lomar.data.survey import spread
 from lomar.downstream.embedding import Embedding, nearest, read_embedding, unit_length
 from lomar.errors import BadImageError, UserError

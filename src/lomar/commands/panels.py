@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import SampleKey, centre_crops
-from lomar.data.sources import ImageSource, is_there, joined, open_source
+from lomar.data.opening import is_there, open_source
+from lomar.data.sources import ImageSource, joined
 from lomar.errors import UserError
 from lomar.figures.reconstruction import Panel
 from lomar.methods.reconstruction import MaskedReconstruction

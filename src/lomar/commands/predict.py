@@ -9,7 +9,8 @@ from typing import Any
 
 from lomar.commands.judging import Session
 from lomar.commands.runs import raise_unless_done
-from lomar.data.sources import ImageSource, joined, open_source
+from lomar.data.opening import open_source
+from lomar.data.sources import ImageSource, joined
 from lomar.errors import UserError
 from lomar.files import write_atomically
 from lomar.options import PredictOptions, converted

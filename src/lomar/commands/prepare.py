@@ -16,10 +16,11 @@ from lomar import __version__
 from lomar.commands.automatic import find_hardware
 from lomar.commands.progress import watched
 from lomar.commands.runs import asked_for, goes_on, raise_unless_done
+from lomar.data.opening import open_source
 from lomar.data.preparing import Preparation, Prepared, prepared_images
 from lomar.data.shard_writer import ShardWriter, discard, member_name, more_than_once, without_ending
 from lomar.data.shards import Index, damaged, is_finished, is_unfinished, read_index
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 from lomar.options import PrepareOptions, converted, fields_of, flag
 from lomar.training.bad_files import BadFiles

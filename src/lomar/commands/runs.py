@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 
 from lomar import __version__
 from lomar.commands.automatic import Choice, Hardware, micro_batch
-from lomar.data.sources import is_there
+from lomar.data.opening import is_there
 from lomar.data.survey import Survey
 from lomar.errors import UserError
 from lomar.files import LOCK_FILE, only_writer, write_atomically

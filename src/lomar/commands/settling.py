@@ -26,7 +26,8 @@ from lomar.commands.runs import (
 )
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import SampleKey
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.opening import open_source
+from lomar.data.sources import ImageSource
 from lomar.data.survey import channel_statistics, survey
 from lomar.errors import UserError, is_out_of_memory
 from lomar.interop.initial import initial_options

@@ -13,7 +13,8 @@ from lomar.commands.automatic import Choice, Hardware, find_hardware
 from lomar.commands.panels import central_crops
 from lomar.commands.settling import check_per_channel
 from lomar.data.decode import PixelFormat
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.opening import open_source
+from lomar.data.sources import ImageSource
 from lomar.data.survey import Survey, spread, survey
 from lomar.errors import UserError
 from lomar.methods.tokenizer import STRIDE

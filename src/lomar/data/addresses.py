@@ -8,6 +8,7 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.z
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
+_USER = re.compile(r"(?<=://)[^/?#]*@")
 _TAR = re.compile(r"\.tar(\?[^/]*)?(?=/|$)", re.IGNORECASE)  # an address may have a query behind it
 
 
@@ -34,15 +35,23 @@ def without_braces(name: str) -> list[str]:
     Raises:
         ValueError: they are more than MOST_NAMES.
     """
+    names = [name]
+    while True:
+        # One pair of braces of each at a time. Doubles go at once: {,a}{,a}{,a} and so on stands for few names.
+        fewer: dict[str, None] = {}
+        for each in names:
+            fewer |= dict.fromkeys(_without_first_braces(each))
+            if len(fewer) > MOST_NAMES:
+                raise ValueError(f"the braces stand for more than {MOST_NAMES:,} names")
+        if list(fewer) == names:
+            return names
+        names = list(fewer)
+
+
+def _without_first_braces(name: str) -> list[str]:
     for braces in _BRACES.finditer(name):
         if (inside := _expanded(braces[1])) is not None:
-            before, after = name[: braces.start()], name[braces.end() :]
-            names: dict[str, None] = {}  # in order, each once
-            for middle in inside:
-                names |= dict.fromkeys(without_braces(before + middle + after))
-                if len(names) > MOST_NAMES:
-                    raise ValueError(f"the braces stand for more than {MOST_NAMES:,} names")
-            return list(names)
+            return [name[: braces.start()] + middle + name[braces.end() :] for middle in inside]
     return [name]
 
 
@@ -70,3 +79,13 @@ def tars_and_inside(name: str) -> tuple[str, str] | None:
 def within(path: str, name: str) -> str:
     """The name of something in a folder, in tar files or below an address."""
     return f"{path.rstrip('/')}/{name}" if is_address(path) else str(Path(path, name))
+
+
+def shown(name: str) -> str:
+    """A name as messages and lists may show it: an address without what may be a key to it, which is the user before
+    the host and the query; x://user:word@host/a.tar?sign=word/b.png is x://***@host/a.tar?***/b.png."""
+    if not is_address(name):
+        return name
+    here, inside = tars_and_inside(name) or (name, "")
+    path, mark, _ = here.partition("?") if name.lower().startswith("http") else (here, "", "")
+    return _USER.sub("***@", path) + (mark and "?***") + (inside and f"/{inside}")

@@ -14,16 +14,15 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from lomar.data.addresses import COMPRESSED, has_braces, has_wildcards, tars_and_inside, without_braces
+from lomar.data.addresses import COMPRESSED, has_braces, has_wildcards, shown, tars_and_inside, without_braces
 from lomar.data.cache import check_writable, kept_index, key_of, tell
-from lomar.data.fetching import RemoteShard, listed, shard_at, text_at, texts_at
+from lomar.data.fetching import RemoteShard, at_once, forgive, listed, shard_at, text_at, texts_at
 from lomar.data.shards import INDEX_FILE, Members, Shard, ShardGroups, grouped, parsed_index, read_part
 from lomar.data.sources import ENDINGS, ImageSource
 from lomar.data.tars import FORMAT, TarIndex, scan
@@ -36,6 +35,24 @@ _LEAST_BYTES = 1024  # of an image in a tar file: its header and one block
 _MOST_INDEX_BYTES = 2**27  # of tar files being read, in each process
 
 T = TypeVar("T")
+
+
+class _Seen(Protocol):
+    """What is found in a tar file."""
+
+    @property
+    def remark(self) -> str:
+        """What its user should know, as the rest of a sentence about the file; "" for nothing."""
+
+
+S = TypeVar("S", bound=_Seen)
+
+
+class _Counted(NamedTuple):
+    """How many images are in a tar file: the places of 10^8 would take some GB."""
+
+    images: int
+    remark: str
 
 
 class TarSource(ImageSource):
@@ -230,7 +247,7 @@ def remote_index(shard: RemoteShard) -> TarIndex:
     def find() -> TarIndex:
         file = shard.open()
         try:
-            return scan(file, shard.path, ENDINGS)
+            return scan(file, shown(shard.path), ENDINGS)
         finally:
             os.close(file)
 
@@ -317,23 +334,24 @@ def _of_indexes(root: str, shards: Sequence[Shard], indexes: Sequence[TarIndex],
 
 def _remarks(shards: Sequence[Shard], indexes: Sequence[TarIndex]) -> str:
     """What is to be said of tar files, as the end of a sentence."""
-    found = [f"{shard.path}: {index.remark}" for shard, index in zip(shards, indexes, strict=True) if index.remark]
+    found = [
+        f"{shown(shard.path)}: {index.remark}" for shard, index in zip(shards, indexes, strict=True) if index.remark
+    ]
     more = f" and {len(found) - _REMARKS} more such files" if len(found) > _REMARKS else ""
     return "".join(f"; {each}" for each in found[:_REMARKS]) + more
 
 
-def _looked_through(files: Sequence[T], look: Callable[[T], TarIndex], where: str) -> list[TarIndex]:
+def _looked_through(files: Sequence[T], look: Callable[[T], S], where: str) -> list[S]:
     """What is in each tar file; what is wrong with some is told, and how far it has come where it takes long.
 
     Raises:
         UserError: one cannot be read or fetched.
     """
-    names = [file.path if isinstance(file, Shard) else str(file) for file in files]
-    found: list[TarIndex] = []
+    names = [shown(file.path if isinstance(file, Shard) else str(file)) for file in files]
+    found: list[S] = []
     told = time.monotonic()
-    pool = ThreadPoolExecutor(min(_AT_ONCE, len(files) or 1))
     try:
-        for index in pool.map(look, files):
+        for index in at_once(look, files, _AT_ONCE):
             found.append(index)
             if time.monotonic() - told > _TOLD_EVERY_S:
                 told = time.monotonic()
@@ -342,16 +360,11 @@ def _looked_through(files: Sequence[T], look: Callable[[T], TarIndex], where: st
         raise UserError(f"{where}: cannot read {names[len(found)]}: {error.strerror or error}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-    shown = 0
-    for name, index in zip(names, found, strict=True):
-        if index.remark:
-            shown += 1
-            if shown <= _REMARKS:
-                tell(f"{name}: {index.remark}")
-    if shown > _REMARKS:
-        tell(f"and {shown - _REMARKS} more such files")
+    remarks = [f"{name}: {index.remark}" for name, index in zip(names, found, strict=True) if index.remark]
+    for remark in remarks[:_REMARKS]:
+        tell(remark)
+    if len(remarks) > _REMARKS:
+        tell(f"and {len(remarks) - _REMARKS} more such files")
     return found
 
 
@@ -365,10 +378,12 @@ def open_address(data: str, flag: str) -> ImageSource:
     Raises:
         UserError: they are not there, cannot be fetched, or there is no image in them; or the cache cannot be written.
     """
-    where = f"{flag} {data}"
+    where = f"{flag} {shown(data)}"
     protocol, _, path = data.partition("://")
     if protocol.lower() == "file":
         raise UserError(f"{where}: give the path alone, /{path.lstrip('/')}")
+    if not path.strip("/") or (path.startswith("/") and protocol.lower() in ("http", "https", "s3", "gs")):
+        raise UserError(f"{where}: the name of a host or bucket must follow ://")
     _check_plain(data, where, there=True)
     check_writable(where)
     cut = tars_and_inside(data)
@@ -378,6 +393,7 @@ def open_address(data: str, flag: str) -> ImageSource:
             return prepared
         cut = f"{data.rstrip('/')}/*.tar", ""
     shards = listed(cut[0], where)
+    forgive(shards)
     source = RemoteTars(shards, _counts(shards, where))
     if not len(source):
         raise UserError(f"{where}: no image in these tar files")
@@ -389,18 +405,24 @@ def _prepared_at(address: str, where: str) -> ImageSource | None:
     for folder in _folders_above(address):
         try:
             index_file = shard_at(f"{folder}/{INDEX_FILE}")
-            index_file.fetch()
+            forgive([index_file])
+            os.close(index_file.open())
         except (FileNotFoundError, PermissionError):
             continue
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         except OSError as error:
-            raise UserError(f"{where}: {folder}/{INDEX_FILE} {error.strerror or error}") from None
-        index = parsed_index(index_file.file, where)
+            raise UserError(f"{where}: {shown(f'{folder}/{INDEX_FILE}')} {error.strerror or error}") from None
+        try:
+            index = parsed_index(index_file.file, where)
+        except UserError:
+            index_file.file.unlink(missing_ok=True)  # so that it is fetched anew, if it was damaged here
+            raise
         shards = tuple(
             RemoteShard(f"{folder}/{shard.path}", shard.size, shard.sha256, shard.sha256)
             for shard in index.members.shards
         )
+        forgive(shards)
         paths = (index.path(number) for number in range(len(index.ends)))
         source = TarSource("", paths, replace(index.members, shards=shards))
         inside = address.removeprefix(folder).strip("/")
@@ -431,13 +453,20 @@ def _counts(shards: Sequence[RemoteShard], where: str) -> np.ndarray:
         if count is None:
             continue
         if not 0 <= count <= (shard.size if shard.size >= 0 else 2**40) // _LEAST_BYTES:
-            raise UserError(f"{where}: {shard.path} is said to hold {count} images, which {shard.size} bytes cannot")
+            raise UserError(
+                f"{where}: {shown(shard.path)} is said to hold {count} images, which {shard.size} bytes cannot"
+            )
         counts[number] = count
     unknown = np.flatnonzero(counts < 0).tolist()
     if unknown:
-        indexes = _looked_through([shards[number] for number in unknown], remote_index, where)
-        counts[unknown] = [len(index) for index in indexes]
+        found = _looked_through([shards[number] for number in unknown], _counted, where)
+        counts[unknown] = [each.images for each in found]
     return counts
+
+
+def _counted(shard: RemoteShard) -> _Counted:
+    index = remote_index(shard)
+    return _Counted(len(index), index.remark)
 
 
 def _told_counts(shards: Sequence[RemoteShard]) -> list[int | None]:

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ except ImportError:  # not a Unix: two processes then do the same work, and eith
 SHARDS, INDEXES, LOCKS = "shards", "indexes", "locks"
 _DEFAULT_GB = 100.0
 _SPARED_BYTES = 2 * 10**9  # of the disk, which checkpoints may need
+_ABANDONED_S = 3600.0  # since a part of a shard grew: whoever fetched it was killed
 
 
 def cache_folder() -> Path:
@@ -82,7 +84,8 @@ def key_of(*identity: object) -> str:
 def alone(kind: str, key: str, wait: bool = True) -> Iterator[bool]:
     """While no other process or thread of this machine does the same; gives False where one does and nobody waits.
 
-    It ends with the process, however that ends.
+    It ends with the process, however that ends. Where the file system has no locks, two may do the same at once: what
+    they make must be good whoever makes it.
 
     Args:
         kind: of what is done.
@@ -95,14 +98,23 @@ def alone(kind: str, key: str, wait: bool = True) -> Iterator[bool]:
     folder = cache_folder() / LOCKS
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{kind}-{key[:3]}").open("a") as file:
-        if fcntl is not None:
-            try:
-                # By the open file and not by the process, since threads fetch as well.
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-        yield True
+        if fcntl is None:
+            yield True
+            return
+        try:
+            # By the open file and not by the process, as files.locked does it: of one process's threads each fetches.
+            # (There a lock must not pass to workers that are forked, here it is given back before they could keep it.)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass  # such as Lustre, where it is not mounted with flock
+        try:
+            yield True
+        finally:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing would leave it to a process that was forked meanwhile
 
 
 def kept_index(key: str, length: int, find: Callable[[], TarIndex]) -> TarIndex:
@@ -126,22 +138,29 @@ def kept_index(key: str, length: int, find: Callable[[], TarIndex]) -> TarIndex:
 
 
 def make_room(size: int) -> None:
-    """Delete shards, those first that were not read for the longest time, until another one fits.
+    """Delete shards, those first that were not read for the longest time, until another one fits or none is left.
 
-    Whoever reads one that is deleted reads on: it has the file open.
+    Whoever reads one that is deleted reads on: it has the file open. What others fetch now counts with what has come of
+    it; what was left of a fetch that was killed is deleted.
 
     Args:
         size: of the one that comes, in bytes.
     """
     folder, limit = cache_folder() / SHARDS, cache_limit()
-    found = []
+    found, coming = [], 0
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.endswith(".tar"):
-                with suppress(OSError):
+            with suppress(OSError):
+                if entry.name.endswith(".tar"):
                     status = entry.stat()
                     found.append((status.st_mtime_ns, status.st_size, entry.path))
-    kept = sum(length for _, length, _ in found)
+                elif entry.name.endswith(".part"):
+                    status = entry.stat()
+                    if time.time() - status.st_mtime > _ABANDONED_S:
+                        os.unlink(entry.path)  # noqa: PTH108
+                    else:
+                        coming += status.st_size
+    kept = coming + sum(length for _, length, _ in found)
     free = shutil.disk_usage(folder).free - _SPARED_BYTES
     for _, length, path in sorted(found):
         if kept + size <= limit and size <= free:

@@ -22,7 +22,8 @@ import numpy as np
 
 from lomar.data.coco_json import Id, Table, read_coco
 from lomar.data.labels import SPLIT_SEED
-from lomar.data.sources import ImageSource, images_at, is_there
+from lomar.data.opening import images_at, is_there
+from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 from lomar.seeding import seeded
 

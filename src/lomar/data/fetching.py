@@ -6,18 +6,21 @@ so that its images cost little; they count as unreadable.
 """
 
 import errno
+import json
 import os
 import random
+import secrets
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from lomar.data.addresses import has_wildcards, without_braces
+from lomar.data.addresses import has_wildcards, shown, without_braces
 from lomar.data.cache import SHARDS, alone, cache_folder, cache_limit, key_of, make_room
 from lomar.data.shards import Shard, sha256_of
 from lomar.errors import UserError
@@ -29,12 +32,18 @@ _FORGIVEN_S = 300.0  # until a shard that could not be fetched is asked for agai
 _AT_ONCE = 16  # questions to a server
 _SILENCE_S = 60  # of a server, after which a connection counts as lost
 _MOST_TEXT_BYTES = 2**28
-_OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of this machine's disk
+_FORBIDDEN = (errno.EACCES, errno.EPERM)  # by it, if a file is named; else by a server
 # What stores call the version of a file.
 _VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "Last-Modified", "LastModified", "mtime", "updated", "created")
 _PACKAGES = {"s3": "lomar[s3]", "s3a": "lomar[s3]", "gs": "lomar[gs]", "gcs": "lomar[gs]"}
 
+S = TypeVar("S")
 T = TypeVar("T")
+
+
+class _TooMuchError(OSError):
+    """A server sends more than it said, or than the cache may hold."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,9 @@ class RemoteShard(Shard):
                 return opened
             os.close(opened)  # a disk that was full or failed has left less
             file.unlink(missing_ok=True)
-        raise OSError(f"{self.path} is deleted from the cache as soon as it is there; LOMAR_CACHE_GB must be larger")
+        raise OSError(
+            f"{shown(self.path)} is deleted from the cache as soon as it is there; LOMAR_CACHE_GB must be larger"
+        )
 
     def fetch(self, wait: bool = True) -> None:
         """Have the file in the cache.
@@ -94,7 +105,8 @@ class RemoteShard(Shard):
         file = self.file
         if file.exists():
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if self.size > cache_limit():
+            raise OSError(f"{shown(self.path)} has {self.size / 1e9:.1f} GB, more than LOMAR_CACHE_GB allows")
         with alone("shard", self.key, wait) as mine:
             if not mine or file.exists():
                 return
@@ -105,20 +117,33 @@ class RemoteShard(Shard):
                 self._fetch(file)
                 failed.unlink(missing_ok=True)
             except OSError as error:
-                if error.errno not in _OF_THIS_DISK or error.filename == self.path:
-                    failed.write_text(error.strerror or str(error), encoding="utf-8", errors="replace")
+                if error.errno not in (*_FULL, *_FORBIDDEN) or error.filename == self.path:
+                    with suppress(OSError):
+                        failed.write_text(error.strerror or str(error), encoding="utf-8", errors="replace")
                 raise
 
     def _fetch(self, file: Path) -> None:
-        if self.size > cache_limit():
-            raise OSError(f"{self.path} has {self.size / 1e9:.1f} GB, more than LOMAR_CACHE_GB allows")
-        part = file.with_suffix(".part")
-        make_room(max(self.size, 0))
+        # A name of its own, since not every file system has locks.
+        part = file.with_name(f"{self.key}-{secrets.token_hex(4)}.part")
+        most = self.size if self.size >= 0 else cache_limit()
+
+        def check(size: int | None, value: int, **_: object) -> None:
+            if value > most:
+                raise _TooMuchError(f"more than {most:,} bytes come")
 
         def get() -> None:
+            from fsspec.callbacks import Callback
+
             system, path = file_system(self.path)
-            system.get_file(path, str(part))
-            size = part.stat().st_size
+            part.parent.mkdir(parents=True, exist_ok=True)  # the cache may be deleted at any time
+            make_room(max(self.size, 0))
+            try:
+                system.get_file(path, str(part), callback=Callback(hooks={"check": check}))
+                size = part.stat().st_size
+            except FileNotFoundError as error:
+                if str(error.filename) != str(part):
+                    raise
+                raise OSError("it was deleted from the cache as it came") from None
             if self.size not in (-1, size):
                 raise OSError(f"{size:,} bytes came instead of {self.size:,}")
             if self.sha256 and sha256_of(part) != self.sha256:
@@ -133,13 +158,23 @@ class RemoteShard(Shard):
 
 
 def _recent(failed: Path) -> str | None:
-    """Why a shard could not be fetched a short while ago; None if it was not so."""
+    """Why a shard could not be fetched a short while ago; None if it was not so, or not by this machine's clock."""
     try:
-        if time.time() - failed.stat().st_mtime < _FORGIVEN_S:
-            return failed.read_text(encoding="utf-8")
+        if 0 <= time.time() - failed.stat().st_mtime < _FORGIVEN_S:
+            return failed.read_text(encoding="utf-8", errors="replace") or "cannot be fetched"
     except OSError:
         pass
     return None
+
+
+def forgive(shards: Iterable[RemoteShard]) -> None:
+    """Have shards asked for again that could not be fetched a while ago: what was wrong may have been mended."""
+    folder = cache_folder() / SHARDS
+    with suppress(OSError):
+        failed = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".failed")}
+        for shard in shards if failed else ():
+            if f"{shard.key}.failed" in failed:
+                (folder / f"{shard.key}.failed").unlink(missing_ok=True)
 
 
 def file_system(address: str) -> tuple[Any, str]:
@@ -159,9 +194,11 @@ def file_system(address: str) -> tuple[Any, str]:
     except ImportError as error:
         package = _PACKAGES.get(protocol)
         how = f"pip install '{package}'" if package else " ".join(str(error).split())
-        raise UserError(f"{address}: {protocol}:// needs a package that is not installed; {how}") from None
-    except ValueError:
-        raise UserError(f"{address}: {protocol}:// is no protocol that fsspec knows") from None
+        raise UserError(f"{shown(address)}: {protocol}:// needs a package that is not installed; {how}") from None
+    except Exception as error:  # each file system has errors of its own
+        if protocol not in fsspec.available_protocols():
+            raise UserError(f"{shown(address)}: {protocol}:// is no protocol that fsspec knows") from None
+        raise UserError(f"{shown(address)}: {_reason(error, address)}") from None
 
 
 @cache
@@ -188,8 +225,8 @@ def patiently(ask: Callable[[], T], address: str) -> T:
         except UserError:
             raise
         except Exception as error:  # each file system has errors of its own
-            reason = _reason(error)
-            if isinstance(error, OSError) and error.errno in _OF_THIS_DISK and error.filename:
+            reason = _reason(error, address)
+            if isinstance(error, OSError) and _of_this_disk(error):
                 raise OSError(error.errno, f"cannot be kept in {cache_folder()}: {error.strerror}") from error
             if not _may_pass(error):
                 raise _final(error, address) from None
@@ -199,36 +236,82 @@ def patiently(ask: Callable[[], T], address: str) -> T:
     raise OSError(f"cannot be fetched in {_TRIES} tries: {reason}")
 
 
-def _cause(error: BaseException) -> tuple[BaseException, int]:
-    """What is behind an error, and what the server answered; 0 where it did not. fsspec calls much "not found"."""
+def _of_this_disk(error: OSError) -> bool:
+    return error.errno in _FULL or (error.errno in _FORBIDDEN and bool(error.filename))
+
+
+def _cause(error: BaseException) -> tuple[BaseException, int, str]:
+    """What is behind an error; what the server answered, 0 where it did not; and in which words.
+
+    fsspec calls much "not found", and botocore's answers are in a dict.
+    """
     cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    status = getattr(cause, "status", None)
-    return cause, status if isinstance(status, int) else 0
+    status, words = getattr(cause, "status", None), str(getattr(cause, "message", ""))
+    answer = getattr(cause, "response", None)
+    if isinstance(answer, dict):
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        words = answer.get("Error", {}).get("Message", "")
+    return (cause, status, words) if isinstance(status, int) else (cause, 0, "")
 
 
 def _may_pass(error: BaseException) -> bool:
     """Whether asking again may help."""
-    cause, status = _cause(error)
+    cause, status, _ = _cause(error)
     if status:
         return status >= 500 or status in (408, 425, 429)
-    return not isinstance(cause, FileNotFoundError | PermissionError | NotImplementedError | TypeError)
+    if isinstance(cause, ValueError):  # an address that is none; but answers that break off are no JSON
+        return isinstance(cause, json.JSONDecodeError)
+    final = FileNotFoundError | PermissionError | NotImplementedError | TypeError | _TooMuchError
+    return not (isinstance(cause, final) or _lacks_keys(cause))
+
+
+def _lacks_keys(cause: BaseException) -> bool:
+    return type(cause).__name__ in ("NoCredentialsError", "PartialCredentialsError")  # of botocore, if it is there
 
 
 def _final(error: BaseException, address: str) -> OSError:
     """What is said of an error that asking again does not help."""
-    cause, status = _cause(error)
-    if status in (404, 410) or (isinstance(cause, FileNotFoundError) and not status):
+    cause, status, words = _cause(error)
+    if status in (401, 403) or isinstance(cause, PermissionError) or _lacks_keys(cause):
+        return PermissionError(errno.EACCES, f"may not be read ({_reason(error, address)})", address)
+    missing = status in (404, 410) or (isinstance(cause, FileNotFoundError) and not status)
+    if missing and "bucket" not in words:
         return FileNotFoundError(errno.ENOENT, "there is no such file", address)
-    if status in (401, 403) or isinstance(cause, PermissionError):
-        return PermissionError(errno.EACCES, f"may not be read ({_reason(error)})", address)
-    return OSError(f"cannot be fetched: {_reason(error)}")
+    return OSError(f"cannot be fetched: {_reason(error, address)}")
 
 
-def _reason(error: BaseException) -> str:
-    cause, status = _cause(error)
+def _reason(error: BaseException, address: str) -> str:
+    cause, status, words = _cause(error)
     if status:
-        return f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
-    return " ".join(str(cause).split())[:200] or type(cause).__name__
+        return f"the server answers {status} {' '.join(words.split())[:200]}".rstrip()
+    return " ".join(str(cause).replace(address, shown(address)).split())[:200] or type(cause).__name__
+
+
+def at_once(work: Callable[[S], T], items: Sequence[S], threads: int = _AT_ONCE) -> Iterator[T]:
+    """What work makes of each item, in order, several worked on at a time.
+
+    The threads keep neither their user nor the process waiting, as those of a ThreadPoolExecutor do: after an error or
+    Ctrl-C none begins another item, and nobody waits for a shard that is on its way.
+    """
+    made: list[Future[T]] = [Future() for _ in items]
+    numbers, ended = iter(range(len(items))), threading.Event()
+
+    def run() -> None:
+        for number in numbers:  # of the threads one gets each, since a step of a range is one step of the interpreter
+            if ended.is_set():
+                return
+            try:
+                made[number].set_result(work(items[number]))
+            except BaseException as error:  # whoever waits for it raises it
+                made[number].set_exception(error)
+
+    for _ in range(min(threads, len(items))):
+        threading.Thread(target=run, daemon=True).start()
+    try:
+        for future in made:
+            yield future.result()
+    finally:
+        ended.set()
 
 
 def listed(names: str, where: str) -> list[RemoteShard]:
@@ -246,11 +329,11 @@ def listed(names: str, where: str) -> list[RemoteShard]:
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     try:
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            matching = [match for some in pool.map(_matching, addresses) for match in some]
-            found = list(pool.map(lambda match: match if isinstance(match, RemoteShard) else shard_at(match), matching))
+        file_system(names)[0].invalidate_cache()  # of what was listed before in this process
+        matching = [match for some in at_once(_matching, addresses) for match in some]
+        found = list(at_once(lambda match: match if isinstance(match, RemoteShard) else shard_at(match), matching))
     except OSError as error:
-        file = f"{error.filename}: " if error.filename and error.filename != names else ""
+        file = f"{shown(error.filename)}: " if error.filename and error.filename != names else ""
         raise UserError(f"{where}: {file}{error.strerror or error}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -309,7 +392,6 @@ def text_at(address: str) -> bytes | None:
         return None
 
 
-def texts_at(addresses: Iterable[str]) -> list[bytes | None]:
+def texts_at(addresses: Sequence[str]) -> list[bytes | None]:
     """The same of several, many at once."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(text_at, addresses))
+    return list(at_once(text_at, addresses))

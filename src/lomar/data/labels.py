@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lomar.data.addresses import within
-from lomar.data.sources import ImageSource, folders_in, images_at, is_there, open_source
+from lomar.data.addresses import shown, within
+from lomar.data.opening import folders_in, images_at, is_there, open_source
+from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 from lomar.seeding import seeded
 
@@ -95,21 +96,21 @@ def labelled_data(path: str, seed: int, val: str | None = None, flag: str = "--d
         train, judge = train, _whole(val, "--val")
     kinds = sorted(set(train.names))
     if not kinds and _is_table(path):
-        raise UserError(f"{flag} {path}: split leaves no image to train on")
+        raise UserError(f"{flag} {shown(path)}: split leaves no image to train on")
     if not kinds:
         raise UserError(
-            f"{flag} {path}: the images have no labels; put those of each class in a folder of its own, or give a .csv "
-            "of path,label"
+            f"{flag} {shown(path)}: the images have no labels; put those of each class in a folder of its own, "
+            "or give a .csv of path,label"
         )
     if len(kinds) == 1:
-        raise UserError(f"{flag} {path}: there is one class alone, {kinds[0]!r}; at least two are needed")
+        raise UserError(f"{flag} {shown(path)}: there is one class alone, {kinds[0]!r}; at least two are needed")
     if not _is_table(path) and {name.lower() for name in kinds} <= {*_TRAIN_NAMES, *_VAL_NAMES}:
-        raise UserError(f"{flag} {path}: {' and '.join(kinds)} are no classes; beside them there must be train/")
+        raise UserError(f"{flag} {shown(path)}: {' and '.join(kinds)} are no classes; beside them there must be train/")
     numbers = {name: number for number, name in enumerate(kinds)}
     labelled = _numbered(train, numbers)
     if judge is None:
-        return _drawn(labelled, kinds, seed, f"{flag} {path}")
-    where = f"--val {val}" if val is not None else f"{flag} {path}"
+        return _drawn(labelled, kinds, seed, f"{flag} {shown(path)}")
+    where = f"--val {shown(val)}" if val is not None else f"{flag} {shown(path)}"
     if not judge.names:
         raise UserError(f"{where}: the images to judge by have no labels, but those to train on have them")
     unknown = sorted(set(judge.names) - set(numbers))
@@ -150,14 +151,16 @@ def judging_images(
     numbers = {name: number for number, name in enumerate(classes)}
     everything, judge = _parts(path, flag)
     if learnt_from and judge is None and sorted(set(everything.names)) == classes:
-        return _drawn(_numbered(everything, numbers), classes, SPLIT_SEED, f"{flag} {path}").val, True
+        return _drawn(_numbered(everything, numbers), classes, SPLIT_SEED, f"{flag} {shown(path)}").val, True
     named = judge or everything
     if not named.names:
-        raise UserError(f"{flag} {path}: the images have no labels; a folder for each class, or a .csv of path,label")
+        raise UserError(
+            f"{flag} {shown(path)}: the images have no labels; a folder for each class, or a .csv of path,label"
+        )
     unknown = sorted(set(named.names) - set(numbers))
     if unknown:
         listed = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
-        raise UserError(f"{flag} {path}: the model does not know the class {unknown[0]!r}; it knows {listed}")
+        raise UserError(f"{flag} {shown(path)}: the model does not know the class {unknown[0]!r}; it knows {listed}")
     return _numbered(named, numbers), False
 
 

@@ -19,6 +19,7 @@ from lomar.data.cache import cache_folder
 from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 
+_PICKLED = ("LSUN",)  # torchvision's that unpickle a file beside the images, whatever is in it
 _LABELS = ("label", "labels", "fine_label", "class")  # columns of Hugging Face datasets, the first that is there
 
 
@@ -174,6 +175,8 @@ class _Column:
             raise OSError(" ".join(str(error).split())[:200]) from error
         if entry is None:
             raise OSError("there is no image in this row")
+        if entry["bytes"] is None and entry["path"] is None:
+            raise OSError("there is neither an image nor a path in this row")
         return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
 
 
@@ -186,7 +189,11 @@ def _torchvision(name: str, split: str, data: str, where: str) -> LibrarySource:
         from torchvision.datasets import VisionDataset
     except ImportError:
         raise UserError(f"{where}: needs torchvision: pip install torchvision") from None
-    known = [each for each in datasets.__all__ if _is_dataset(getattr(datasets, each), VisionDataset)]
+    known = [
+        each
+        for each in datasets.__all__
+        if each not in _PICKLED and _is_dataset(getattr(datasets, each), VisionDataset)
+    ]
     if name not in known:
         close = get_close_matches(name, known, n=1, cutoff=0.5)
         meant = f"; do you mean {close[0]}?" if close else ""

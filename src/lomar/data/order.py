@@ -28,6 +28,7 @@ MOST_LANES = 64
 _LEAST_SHARDS = 4  # of a lane
 _MOST_POOLED = 16  # shards of a pool
 _TRIED_OF_A_SHARD = 2  # images, in the place of one that cannot be read
+_UNTOLD_BYTES = 2**30  # of a shard whose server does not say how long it is
 _POOLED_BYTES = 16 * 2**30  # of all pools; as much again of those that come next is fetched meanwhile
 
 
@@ -126,8 +127,7 @@ class Lanes:
 
     def __init__(self, groups: ShardGroups, seed: int, batch_size: int) -> None:
         self._groups, self._seed, self.batch_size = groups, seed, batch_size
-        sizes = [shard.size for shard in groups.shards if shard.size >= 0]
-        mean_bytes = max(1, sum(sizes) // max(1, len(sizes)))
+        mean_bytes = max(1, sum(map(_bytes_of, groups.shards)) // len(groups.shards))
         count = int(groups.ends[-1])
         self.lanes = lanes_for(batch_size, len(groups.shards), count, mean_bytes)
         self.pooled = max(1, min(_MOST_POOLED, _POOLED_BYTES // (self.lanes * mean_bytes)))
@@ -182,8 +182,8 @@ class Lanes:
         lanes = {slot // self._slots for slot in slots}
         largest = 0
         for lane in lanes:
-            sizes = sorted({piece.shard: self._groups.shards[piece.shard].size for piece in self._dealt[lane]}.values())
-            largest += sum(max(size, 0) for size in sizes[-self.pooled :])
+            shards = {piece.shard: _bytes_of(self._groups.shards[piece.shard]) for piece in self._dealt[lane]}
+            largest += sum(sorted(shards.values())[-self.pooled :])
         return largest
 
     def _lane(self, batch: int, slot: int) -> tuple[int, int, int]:
@@ -220,6 +220,10 @@ class Lanes:
                 if passed == cuts[lane]:
                     lane += 1
         return dealt
+
+
+def _bytes_of(shard: Shard) -> int:
+    return shard.size if shard.size >= 0 else _UNTOLD_BYTES
 
 
 def lanes_for(batch_size: int, shards: int, images: int, mean_bytes: int) -> int:

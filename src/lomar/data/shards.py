@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save
 
+from lomar.data.addresses import shown
 from lomar.errors import UserError
 from lomar.files import write_atomically
 
@@ -122,13 +123,13 @@ def read_part(shard: Shard, offset: int, size: int) -> bytes | memoryview:
             try:
                 mapped = mmap.mmap(file, before + size, access=mmap.ACCESS_READ, offset=offset - before)
             except ValueError as error:
-                raise OSError(f"{shard.path} is cut short") from error
+                raise OSError(f"{shown(shard.path)} is cut short") from error
             return memoryview(mapped)[before:]
         content = os.pread(file, size, offset)
     finally:
         os.close(file)
     if len(content) < size:
-        raise OSError(f"{shard.path} is cut short")
+        raise OSError(f"{shown(shard.path)} is cut short")
     return content
 
 
@@ -152,10 +153,11 @@ class ShardGroups:
 
 
 def grouped(shards: Sequence[Shard], numbers: np.ndarray) -> ShardGroups:
-    """The images of a source by the number of each one's shard, int (N,)."""
+    """The images of a source by the number of each one's shard, int (N,); for those of none, -1, nothing is fetched."""
     indices = np.argsort(numbers, kind="stable")
     used, counts = np.unique(numbers, return_counts=True)
-    return ShardGroups(tuple(shards[number] for number in used.tolist()), np.cumsum(counts), indices)
+    none = Shard("", 0, "")
+    return ShardGroups(tuple(shards[number] if number >= 0 else none for number in used), np.cumsum(counts), indices)
 
 
 def nowhere(count: int) -> Members:
