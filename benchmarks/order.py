@@ -58,7 +58,7 @@ def row(asked: argparse.Namespace, batch_size: int, kb: int) -> str:
     shards = tuple(Far(f"{number}.tar", asked.images * kb * 1000, "") for number in range(asked.shards))
     count = asked.shards * asked.images
     groups = ShardGroups(shards, np.arange(1, asked.shards + 1) * asked.images, range(count))
-    began, order = time.perf_counter(), Lanes(groups, 0, batch_size)
+    began, order = time.perf_counter(), Lanes(groups, 0, batch_size, asked.shuffle_gb)
     begun_s = time.perf_counter() - began
     needed, disk = [], 0.0
     for node in range(asked.nodes):
@@ -77,7 +77,7 @@ def row(asked: argparse.Namespace, batch_size: int, kb: int) -> str:
         mixed.append([mixing(each // asked.images, asked.shards) for each in (drawn, perfect)])
     ours, best = np.mean(mixed, axis=0)
     tracemalloc.start()
-    order = Lanes(groups, 0, batch_size)
+    order = Lanes(groups, 0, batch_size, asked.shuffle_gb)
     [order.at(0, slot) for slot in range(batch_size)]
     mib = tracemalloc.get_traced_memory()[0] / 2**20
     tracemalloc.stop()
@@ -93,6 +93,7 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in {"kb": [1, 20, 100], "batch": [4096, 16384]}.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
+    parser.add_argument("--shuffle-gb", type=float, default=16.0)
     asked = parser.parse_args()
     print(f"| {COLUMNS} |\n|" + "---|" * (COLUMNS.count("|") + 1), flush=True)  # noqa: T201
     for batch_size in asked.batch:

@@ -1,6 +1,7 @@
 """Claims about several processes that torchrun starts."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +104,19 @@ def test_processes_that_would_not_do_the_same_are_refused_in_one_line(tmp_path: 
         "they see other images or other hardware; give --weight-decay"
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_see_other_images_are_refused_in_one_line(tmp_path: Path, photos: Path) -> None:
+    """As where --data is on each machine's own disk, and they differ."""
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "red" / "0.png").unlink()
+    other = f"import os, sys\nif os.environ['RANK'] == '1':\n    sys.argv[3] = {str(tmp_path / 'photos')!r}\n"
+    done = torchrun(tmp_path, other, "pretrain --data", photos, "--out", tmp_path / "run", SHARED, "--max-steps 2")
+    said = [line for line in done.stderr.splitlines() if line.startswith("lomar: ")]
+    assert done.returncode and said == [
+        "lomar: error: the processes of this run do not see the same images; "
+        "is --data on storage that all machines share?"
+    ]
 
 
 def test_a_process_that_dies_ends_the_run_and_it_goes_on(

@@ -103,7 +103,7 @@ def test_epochs_shards_and_seeds_have_orders_of_their_own() -> None:
 def test_lanes_are_a_power_of_two_that_divides_the_batch_and_keeps_the_disk_small(
     batch_size: int, shards: int, mean_bytes: int, lanes: int
 ) -> None:
-    assert lanes_for(batch_size, shards, 10**9, mean_bytes) == lanes
+    assert lanes_for(batch_size, shards, 10**9, 16 * 2**30 // mean_bytes) == lanes
 
 
 def test_a_process_needs_the_shards_of_its_own_lanes_and_few_at_a_time() -> None:
@@ -200,5 +200,11 @@ def test_an_order_of_a_hundred_million_images_takes_little_memory() -> None:
     assert len(pickle.dumps(order)) < 20 * MB
 
 
+def test_more_at_a_time_mixes_more_shards() -> None:
+    """Shards of 200 MB: of 64 lanes one each within 16 GiB, 16 each within 256."""
+    groups = groups_of([10] * 2000, 200 * MB)
+    assert [(o.lanes, o.pooled) for o in (Lanes(groups, 0, 4096), Lanes(groups, 0, 4096, 256))] == [(64, 1), (64, 16)]
+
+
 def test_the_bounds_are_those_that_the_guide_tells() -> None:
-    assert (module.MOST_LANES, module._POOLED_BYTES) == (64, 16 * 2**30)
+    assert (module.MOST_LANES, module.POOLED_GB) == (64, 16)

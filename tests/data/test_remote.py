@@ -756,11 +756,10 @@ def test_a_run_meets_the_same_whatever_reads_it_and_wherever_it_begins(server: S
 def test_the_shards_that_come_next_are_fetched_meanwhile(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(order_module, "_POOLED_BYTES", 1)  # a pool is one shard, of one lane
     source = told_beside(server)
-    order = order_module.order_of(source, 3, 4)
+    order = order_module.order_of(source, 3, 4, pooled_gb=1e-9)  # a pool is one shard, of one lane
     assert isinstance(order, order_module.Lanes) and (order.lanes, order.pooled) == (1, 1)
-    batches(source, 1, workers=workers)
+    batches(source, 1, workers=workers, shuffle_gb=1e-9)
     needed = {shard.path for some in (*order.needed(0, 0), *order.needed(0, 3)) for shard in some}
     deadline = time.monotonic() + 10
     while len(kept(folder)) < len(needed) and time.monotonic() < deadline and not workers:

@@ -114,6 +114,7 @@ def _train(
             rank=fabric.global_rank,
             world_size=fabric.world_size,
             pin_memory=fabric.device.type == "cuda",
+            shuffle_gb=options.shuffle_gb,
         )
 
     method = Classification(classifier)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from lomar.data.ahead import fetched_ahead
 from lomar.data.augment import CENTRE_SHARE, ColorJitter, centre_crop, random_resized_crop
 from lomar.data.decode import Image, PixelFormat, read_image
-from lomar.data.order import Order, order_of
+from lomar.data.order import POOLED_GB, Order, order_of
 from lomar.data.sources import ImageSource
 from lomar.data.survey import reason_for
 from lomar.data.workers import loaded
@@ -277,6 +277,7 @@ def pretraining_batches(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    shuffle_gb: float = POOLED_GB,
 ) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of global batches first_batch up to total_batches, in order.
 
@@ -296,13 +297,14 @@ def pretraining_batches(
         rank: number of this process.
         world_size: count of processes.
         pin_memory: whether to hand out page-locked memory, for copies to a GPU.
+        shuffle_gb: GiB of shards at an address that images are drawn from at a time, in all processes together.
 
     Raises:
         UserError: one bad file after another.
         ValueError: fewer samples in a batch than processes.
     """
     share = share_of_batch(batch_size, rank, world_size)
-    order = order_of(source, seed, batch_size)
+    order = order_of(source, seed, batch_size, shuffle_gb)
     windows = _CropWindows(source, order, fmt, draw, plan, patch_size_px, view_size, seed, last_slot=share.stop - 1)
     batches = islice(stream(order, batch_size, first_batch), total_batches - first_batch)
     keys = micro_batch_keys(batches, share, micro_batch)

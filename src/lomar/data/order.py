@@ -29,7 +29,7 @@ _LEAST_SHARDS = 4  # of a lane
 _MOST_POOLED = 16  # shards of a pool
 _TRIED_OF_A_SHARD = 2  # images, in the place of one that cannot be read
 _UNTOLD_BYTES = 2**30  # of a shard whose server does not say how long it is
-_POOLED_BYTES = 16 * 2**30  # of all pools; as much again of those that come next is fetched meanwhile
+POOLED_GB = 16.0  # GiB of all pools if nothing else is asked; as much again of what comes next is fetched meanwhile
 
 
 class Place(NamedTuple):
@@ -123,14 +123,16 @@ class Lanes:
         groups: the images of each shard.
         seed: of the run.
         batch_size: samples of a global batch.
+        pooled_gb: GiB of shards in the pools of all lanes together, at most.
     """
 
-    def __init__(self, groups: ShardGroups, seed: int, batch_size: int) -> None:
+    def __init__(self, groups: ShardGroups, seed: int, batch_size: int, pooled_gb: float = POOLED_GB) -> None:
         self._groups, self._seed, self.batch_size = groups, seed, batch_size
         mean_bytes = max(1, sum(map(_bytes_of, groups.shards)) // len(groups.shards))
         count = int(groups.ends[-1])
-        self.lanes = lanes_for(batch_size, len(groups.shards), count, mean_bytes)
-        self.pooled = max(1, min(_MOST_POOLED, _POOLED_BYTES // (self.lanes * mean_bytes)))
+        pooled_shards = int(pooled_gb * 2**30 / mean_bytes)
+        self.lanes = lanes_for(batch_size, len(groups.shards), count, pooled_shards)
+        self.pooled = max(1, min(_MOST_POOLED, pooled_shards // self.lanes))
         self._slots = batch_size // self.lanes
         self._dealt = self._deal(count)
         self._counts = [sum(len(piece.images) for piece in pieces) for pieces in self._dealt]
@@ -226,7 +228,7 @@ def _bytes_of(shard: Shard) -> int:
     return shard.size if shard.size >= 0 else _UNTOLD_BYTES
 
 
-def lanes_for(batch_size: int, shards: int, images: int, mean_bytes: int) -> int:
+def lanes_for(batch_size: int, shards: int, images: int, pooled: int) -> int:
     """The count of lanes: the largest power of two that divides the batch, leaves each lane a few shards, and keeps
     what is read at a time within bounds.
 
@@ -234,24 +236,22 @@ def lanes_for(batch_size: int, shards: int, images: int, mean_bytes: int) -> int
         batch_size: samples of a global batch.
         shards: that are dealt.
         images: in all of them.
-        mean_bytes: of a shard.
+        pooled: shards that may be in pools at a time.
     """
     lanes = 1
-    while (
-        2 * lanes <= min(MOST_LANES, shards // _LEAST_SHARDS, images, _POOLED_BYTES // mean_bytes)
-        and batch_size % (2 * lanes) == 0
-    ):
+    while 2 * lanes <= min(MOST_LANES, shards // _LEAST_SHARDS, images, pooled) and batch_size % (2 * lanes) == 0:
         lanes *= 2
     return lanes
 
 
-def order_of(source: ImageSource, seed: int, batch_size: int) -> Order:
+def order_of(source: ImageSource, seed: int, batch_size: int, pooled_gb: float = POOLED_GB) -> Order:
     """The order in which a run meets the images of a source.
 
     Args:
         source: the images.
         seed: of the run.
         batch_size: samples of a global batch.
+        pooled_gb: as of `Lanes`, where images lie in shards that must be fetched.
     """
     groups = source.by_shard()
-    return Shuffled(len(source), seed, batch_size) if groups is None else Lanes(groups, seed, batch_size)
+    return Shuffled(len(source), seed, batch_size) if groups is None else Lanes(groups, seed, batch_size, pooled_gb)

@@ -31,7 +31,7 @@ from lomar.data.loader import (
     share_of_batch,
     stream,
 )
-from lomar.data.order import Order, order_of
+from lomar.data.order import POOLED_GB, Order, order_of
 from lomar.data.workers import loaded
 from lomar.seeding import globally_seeded, seeded
 
@@ -207,6 +207,7 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    shuffle_gb: float = POOLED_GB,
 ) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of global batches first_batch up to total_batches, in order.
 
@@ -219,8 +220,8 @@ def training_batches(
         augmentation: what is done to them.
         normalise: pixels (C, H, W) -> a model's input; must be picklable.
         depth: blocks that need numbers for drop path.
-        seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory: as for
-            `lomar.data.loader.pretraining_batches`; batch, share of a process and micro-batch even where images are
+        seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory, shuffle_gb: as
+            for `lomar.data.loader.pretraining_batches`; batch, share of a process and micro-batch even where images are
             mixed.
 
     Raises:
@@ -230,7 +231,7 @@ def training_batches(
     share = share_of_batch(batch_size, rank, world_size)
     if augmentation.mixes and (share.start % 2 or share.stop % 2 or micro_batch % 2):
         raise ValueError("images are mixed two and two: batch, shares of it and micro-batches must be even")
-    order = order_of(labelled.source, seed, batch_size)
+    order = order_of(labelled.source, seed, batch_size, shuffle_gb)
     images = _Augmented(labelled, order, fmt, augmentation, normalise, depth, seed, last_slot=share.stop - 1)
     batches = islice(stream(order, batch_size, first_batch), total_batches - first_batch)
     keys = micro_batch_keys(batches, share, micro_batch)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lomar.options.fields import ANY_IMAGES, AUTO, LARGEST_SEED, MOST_WORKERS, option
-from lomar.options.training import compile_option, grad_checkpointing_option, strategy_option
+from lomar.options.training import compile_option, grad_checkpointing_option, shuffle_option, strategy_option
 
 ANY_MODEL = (
     "a run's folder, a file of its weights, a released checkpoint, or what timm.create_model takes: a name such as "
@@ -91,6 +91,7 @@ class FinetuneOptions:
     )
     seed: int = option("fixes order, crops and the classifier", default=0, low=0, high=LARGEST_SEED, metavar="N")
     precision: str = option("precision of the matrix products", auto=AUTO, choices=PRECISIONS, metavar="NAME")
+    shuffle_gb: float = shuffle_option()
     # How fast, how watched: another value leads to the same classifier
     micro_batch: int = option("images per forward pass of a device", auto=AUTO, low=1, metavar="N", results=False)
     grad_checkpointing: bool = grad_checkpointing_option()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lomar.options.fields import ANY_IMAGES, AUTO, LARGEST_SEED, MOST_WORKERS, option
-from lomar.options.training import compile_option, grad_checkpointing_option, strategy_option
+from lomar.options.training import compile_option, grad_checkpointing_option, shuffle_option, strategy_option
 
 # More than anyone asks for but by a slip: beyond them numbers overflow, or parts are made until memory runs out.
 MOST_SIDE = 16_384  # pixels, patches
@@ -164,6 +164,7 @@ class PretrainOptions:
     precision: str = option(
         "precision of the matrix products", auto=AUTO, choices=("auto", "fp32", "bf16"), metavar="NAME"
     )
+    shuffle_gb: float = shuffle_option()
     # How fast, how watched: another value leads to the same encoder
     micro_batch: int = option(
         "images per forward pass of a device", auto=AUTO, low=1, high=MOST_BATCH, metavar="N", results=False

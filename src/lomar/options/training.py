@@ -12,6 +12,16 @@ def grad_checkpointing_option() -> Any:
     )
 
 
+def shuffle_option() -> Any:
+    """How well images in shards at an address are mixed."""
+    return option(
+        "gigabytes of tar files at an address that images are drawn from at a time, on all machines together",
+        default=16.0,
+        above=0,
+        metavar="GB",
+    )
+
+
 def strategy_option() -> Any:
     """How processes work together."""
     return option(

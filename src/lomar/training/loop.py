@@ -200,8 +200,14 @@ class Trainer:
         """Go back to the last whole checkpoint, or to the start where there is none; later rows are cut.
 
         Raises:
-            UserError: none is whole, or the last one is of other images or another configuration.
+            UserError: none is whole, or the last one is of other images or another configuration; or the processes do
+                not see the same images.
         """
+        if len(set(said_by_all(self.fabric, [self.course.fingerprint]))) > 1:
+            raise UserError(
+                "the processes of this run do not see the same images; is --data on storage that all machines share?",
+                shared=True,
+            )
         state = self._last_state()
         if state:
             same_images = state.get("fingerprint", self.course.fingerprint) == self.course.fingerprint
