@@ -217,13 +217,13 @@ def _conclude(run: Path, settled: SettledDetection, evaluation: Evaluation, disp
         best = load_detector(run / DETECTOR_FILE).to(fabric.device)
         judgement = evaluation.judge(best)
         if judgement is not None:
-            about = {"model": str(run / DETECTOR_FILE), "data": settled.options.val or settled.options.data}
-            write_judgement(run, judgement, about)
             shown = settled.val.subset(range(min(SHOWN, len(settled.val))))
             with fabric.autocast():
                 size, workers = settled.options.image_size, settled.options.workers
                 found = list(found_in(best, shown.source, size, fabric.device, 1, workers, told=shown.sizes))
             draw_judged(run / "figures" / "detections.png", shown, found, settled.plan.masks)
+            about = {"model": str(run / DETECTOR_FILE), "data": settled.options.val or settled.options.data}
+            write_judgement(run, judgement, about)  # last: a run that was killed before it does all this again
             for line in summary(judgement):
                 display.say(line)
     display.say(
