@@ -132,6 +132,8 @@ def test_several_files_that_could_be_meant_are_named(tmp_path: Path) -> None:
 def test_nothing_to_read_is_told_with_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no annotations of images to learn from; looked for annotations/instances_tr"):
         detection_data(str(tmp_path))
+    with pytest.raises(UserError, match=r"--data .*/nowhere: no such folder or file$"):
+        detection_data(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"--data .*/no\.json: No such file or directory$"):
         detection_data(str(tmp_path / "no.json"))
     file = write(tmp_path / "told.json", coco())

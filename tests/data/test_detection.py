@@ -250,6 +250,13 @@ def test_a_rectangle_by_hand(tmp_path: Path) -> None:
         np.testing.assert_array_equal(placing.mask(mask), expected)
 
 
+def test_a_mask_of_runs_is_made_smaller_by_the_pixels_in_the_middle() -> None:
+    mask = np.zeros((6, 9), dtype=np.uint8)
+    mask[1, 4] = mask[4, 7] = 1
+    assert Placing((6, 9), (2, 3), (0, 0), (2, 3), False).mask(mask).tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert Placing((6, 9), (2, 3), (1, 1), (1, 2), True).mask(mask).tolist() == [[1, 0]]
+
+
 def test_at_its_own_size_a_mask_is_the_one_that_coco_draws(tmp_path: Path) -> None:
     """Also where a corner lies at half of the fifth of a pixel at which COCO draws."""
     rng = np.random.default_rng(1)
@@ -422,6 +429,11 @@ def test_inputs_have_their_types_and_shapes(images: CocoImages) -> None:
         pixels = micro.inputs["pixels"][place]
         assert (pixels[:, :rows, :columns] == 20 * (int(Path(name).stem) - 1)).all()
         assert not pixels[:, rows:].any() and not pixels[:, :, columns:].any()
+
+
+def test_images_of_a_batch_and_of_another_epoch_are_placed_each_by_its_own_chance(images: CocoImages) -> None:
+    sizes = torch.cat([micro.inputs["sizes"] for micro in batches(images, replace(DETECTRON, scale=(0.1, 1.0)))])
+    assert len(set(map(tuple, sizes.tolist()))) > 20  # of 24, of four epochs
 
 
 def test_an_object_has_the_label_of_its_class(images: CocoImages) -> None:
