@@ -199,7 +199,8 @@ def detection_data(
 
     Three layouts are known: COCO's (annotations/instances_train2017.json beside train2017/), Roboflow's
     (train/_annotations.coco.json beside valid/), and any .json file with the images beside it or in a folder that is
-    given. Where nothing says what judges, a fifth of the images is drawn, always the same.
+    given. Where nothing says what judges, a fifth of the images is drawn, always the same; a folder says it, but not
+    where `annotations` are given.
 
     Args:
         path: the folder; or a .json file.
@@ -219,7 +220,7 @@ def detection_data(
     judge = _judging_file(path, annotations, val, val_annotations, flag)
     if judge is None:
         return _drawn(train)
-    judging = flag if val is None else "--val"
+    judging = "--val" if val is not None else "--val-annotations" if val_annotations is not None else flag
     return DetectionData(train, _of_classes_of(train, _read(judge, judging, box_only), judging), drawn=False)
 
 
@@ -291,6 +292,8 @@ def _training_file(path: str, annotations: str | None, flag: str) -> _File:
     if (found := _found(Path(path), _TRAIN_NAMES, flag, "--annotations")) is not None:
         return found
     folder = Path(path)
+    if not is_there(path):
+        raise UserError(f"{flag} {path}: no such folder or file")
     judging = [file for name in _VAL_NAMES for file in _split_files(folder) if _split_in(file, name)]
     alone = [file for file in _split_files(folder) if file not in judging]
     if len(alone) != 1:

@@ -232,9 +232,8 @@ class _Packing:
             raise ValueError(f"its category_id is {_short(category)}")
         self._image_ids.append(image)
         self._category_ids.append(category)
-        if not isinstance(box, list) or len(box) != 4:
-            raise ValueError(f"its bbox is {_short(box)}, not four numbers")
-        if not all(type(side) in (int, float) and abs(side) < _ENDLESS for side in box):
+        four = isinstance(box, list) and len(box) == 4
+        if not four or not all(type(side) in (int, float) and abs(side) < _ENDLESS for side in box):
             raise ValueError(f"its bbox is {_short(box)}, not four finite numbers")
         if min(box[2:]) < 0:
             raise ValueError(f"its bbox is {_short(box)}, of a negative size; it is left, top, width, height")

@@ -30,6 +30,8 @@ from lomar.data.workers import loaded
 from lomar.errors import BadImageError
 from lomar.seeding import seeded
 
+_LITTLE_PX = 1e-6
+
 
 @dataclass(frozen=True)
 class Jitter:
@@ -228,11 +230,12 @@ def _inside(points: np.ndarray, size: Size) -> np.ndarray:
     between = (begin >= 0) & (begin <= limits)
     enters = np.where(level, np.where(between, 0, 2), crossed[0]).max(axis=1).clip(min=0)  # (n,)
     leaves = np.where(level, np.where(between, 1, -1), crossed[1]).min(axis=1).clip(max=1)
-    kept = enters <= leaves
+    kept = enters < leaves  # to touch a corner is not to be inside
     parts = [begin[kept] + share[kept, None] * way[kept] for share in (enters, leaves)]
 
     corners = np.array([[x, y] for x in (0.0, limits[0]) for y in (0.0, limits[1])])
-    x, y = corners[:, :1], corners[:, 1:]  # (4, 1)
+    # A little inside, since one that lies on an edge is on no side of it.
+    x, y = np.split(corners + np.where(corners > 0, -_LITTLE_PX, _LITTLE_PX), 2, axis=1)  # (4, 1) each
     passes = (begin[:, 1] > y) != (end[:, 1] > y)  # (4, n): edges that a ray to the right may meet
     with np.errstate(divide="ignore", invalid="ignore"):
         meets = passes & (x < way[:, 0] * (y - begin[:, 1]) / way[:, 1] + begin[:, 0])
