@@ -71,8 +71,7 @@ class SettledDetection:
             self.options.jitter,
             flip_first=framework.flip_first,
             shared_offset=framework.shared_offset,
-            boxes_from_masks=framework.boxes_from_masks,
-            **({} if framework.boxes_from_masks else {"filter_below_px": 0.01}),
+            filter_below_px=framework.least_box_px,
         )
 
     @property

@@ -358,7 +358,9 @@ class _Packing:
         if self._box_only or not np.isin(masks[single], (_POLYGONS, _RUNS)).any():
             return has_area, False
         self._require(
-            rows, ~single | (masks != _NO_MASK), lambda place: "it has no mask, but others have; can boxes alone do?"
+            rows,
+            ~single | (masks != _NO_MASK),
+            lambda place: "it has no mask, but others have; --boxes-only does without masks",
         )
         bad = has_area & (masks == _BAD_POLYGONS)
         self.left_out["objects without a whole polygon"] += int(bad.sum())

@@ -20,7 +20,7 @@ class Framework:
         decays_vectors: whether biases, norms of feature maps and tables of relative positions are decayed.
         flip_first, shared_offset: of large-scale jitter: whether an image is mirrored before it is cropped; whether one
             random number places the crop along both axes.
-        boxes_from_masks: whether boxes are measured anew on cropped masks, or cropped themselves.
+        least_box_px: objects whose box is not wider and higher than that after a crop are left out.
         warmup_factor: of the first rate over the highest.
         milestones: shares of the steps after which the rate is a tenth, and a hundredth.
     """
@@ -36,7 +36,7 @@ class Framework:
     decays_vectors: bool
     flip_first: bool
     shared_offset: bool
-    boxes_from_masks: bool
+    least_box_px: float
     warmup_factor: float
     milestones: tuple[float, float]
 
@@ -54,7 +54,7 @@ FRAMEWORKS = {
         decays_vectors=True,
         flip_first=True,
         shared_offset=True,
-        boxes_from_masks=True,
+        least_box_px=1e-5,
         warmup_factor=0.001,
         milestones=(163_889 / 184_375, 177_546 / 184_375),
     ),
@@ -70,7 +70,7 @@ FRAMEWORKS = {
         decays_vectors=False,
         flip_first=False,
         shared_offset=False,
-        boxes_from_masks=False,
+        least_box_px=0.01,
         warmup_factor=0.067,
         milestones=(22 / 25, 24 / 25),
     ),
