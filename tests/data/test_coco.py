@@ -364,7 +364,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a negative area": (changed(area=-1), "annotation id 12: its area is -1"),
     "an area not a number": (changed(area=float("nan")), "annotation id 12: its area is nan"),
     "crowd of text": (changed(iscrowd="no"), "annotation id 12: its iscrowd is 'no'"),
-    "a mask for some": (changed(segmentation=[]), "annotation id 12: it has no mask, but others have; can boxes alone"),
+    "a mask for some": (
+        changed(segmentation=[]),
+        "12: it has no mask, but others have; --boxes-only needs none",
+    ),
     "a flat polygon": (changed(segmentation=[1, 2, 3, 4, 5, 6]), "12: its segmentation is neither a list of polygons"),
     "a text for a mask": (changed(segmentation="abc"), "annotation id 12: its segmentation is neither a list of polyg"),
     "a polygon of texts": (changed(segmentation=[list("123456")]), "annotation id 12: a polygon of it is no list of n"),

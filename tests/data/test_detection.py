@@ -21,7 +21,8 @@ from lomar.data.coco import CocoImages, judging_images
 from lomar.data.decode import PixelFormat
 from lomar.data.detection import Jitter, Placing, WholeImages, bounds, detection_batches, fitted, whole_images
 from lomar.data.loader import MicroBatch
-from lomar.data.sources import ImageSource, open_source
+from lomar.data.opening import open_source
+from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 
 RGB8 = PixelFormat(3, "uint8")

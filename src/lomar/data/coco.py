@@ -254,7 +254,7 @@ def judging_images(
 def _of_classes_of(train: CocoImages, val: CocoImages, flag: str) -> CocoImages:
     if val.has_masks < train.has_masks:
         raise UserError(
-            f"{flag} {val.path}: its objects have no masks, but those of {train.path} have; --boxes-only does without masks"
+            f"{flag} {val.path}: its objects have no masks, but those of {train.path} have; --boxes-only needs none"
         )
     return val.for_classes(train.categories, train.category_ids, flag)
 

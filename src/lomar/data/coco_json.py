@@ -360,7 +360,7 @@ class _Packing:
         self._require(
             rows,
             ~single | (masks != _NO_MASK),
-            lambda place: "it has no mask, but others have; --boxes-only does without masks",
+            lambda place: "it has no mask, but others have; --boxes-only needs none",
         )
         bad = has_area & (masks == _BAD_POLYGONS)
         self.left_out["objects without a whole polygon"] += int(bad.sum())
