@@ -10,12 +10,14 @@
 #   bash benchmarks/device.sh run        # a whole run: automatic choices, bf16, resume, k-NN
 #   bash benchmarks/device.sh methods    # every method trains there
 #   bash benchmarks/device.sh classifier # fine-tuning and features against timm's plain ViT
+#   bash benchmarks/device.sh detector   # a detector at 1024 px: what positions cost; a short training on coco_mini
 #   bash benchmarks/device.sh downstream # pretrain, then fine-tune, probe, embed and export there
 #
 # Before the call, on a machine with a package registry, put beside the tree what that machine lacks:
-#   pip download -q --no-deps -d .device/wheels timm lightning-fabric lightning-utilities simplejpeg tifffile safetensors
+#   pip download -q --no-deps -d .device/wheels timm lightning-fabric lightning-utilities simplejpeg tifffile safetensors \
+#       pycocotools
 #   python ../shared/tools/shrink_images.py ../shared/data/imagenette .device/imagenette.zip
-# and carry .device. Commit what comes back under benchmarks/results/ with date, hardware and this command.
+# and carry .device; for `detector` also `cp -r ../shared/data/coco_mini .device/`. Commit what comes back under benchmarks/results/ with date, hardware and this command.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-.device/out}
@@ -77,6 +79,13 @@ methods) # Every method trains: losses and images a second of twenty steps; a to
     ;;
 classifier) # A training step and features of ViT-B/16 at 224 and 448 px: what contextual position costs.
     benchmark 560 classifier --image-sizes 224 448 --batch-sizes 64 --compile yes --rounds 2
+    ;;
+detector) # Mask R-CNN at 1024 px: contextual position against none, with decomposed positions and without; a training.
+    timeout 380 python3 benchmarks/detector.py --device cuda --images 2 --steps 5 --rounds 2 | tee "$out/detector.md" || true
+    timeout 180 python3 -m lomar detect --model scratch:small --data .device/coco_mini --image-size 512 --max-steps 300 \
+        --out .device/runs/detector | tee "$out/detector.log" || true
+    cp .device/runs/detector/metrics.jsonl "$out/detector-metrics.jsonl"
+    rm -rf .device/runs
     ;;
 downstream) # What an encoder is for goes through on a GPU: automatic choices, bf16, resume.
     data=.device/imagenette
