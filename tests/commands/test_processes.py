@@ -1,5 +1,6 @@
 """Claims about several processes that torchrun starts."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from kept import last_state
+from shapes import SETTINGS as DETECTING
+from shapes import coco_layout
 
 Course = Callable[[Path], list[tuple[int, float, float, float]]]
 
@@ -168,3 +171,16 @@ def test_two_processes_fine_tune_as_one(
     out = in_two_processes(tmp_path, *words, tmp_path / "two")
     assert out.count("step 3/3") == 1 and out.count("the best classifier is in") == 1
     np.testing.assert_allclose(np.array(course(tmp_path / "two")), np.array(course(tmp_path / "one")), rtol=1e-4)
+
+
+def test_two_processes_train_the_detector_of_one(
+    lomar: Callable[..., Any], tmp_path: Path, miniature: None, course: Course, rows: Callable[[Path], list[Any]]
+) -> None:
+    """An image each at a time, as one process takes them: the same losses, and judged together."""
+    root = coco_layout(tmp_path / "shapes")
+    words = ("detect --model scratch:16x2x2 --data", root, DETECTING, "--max-steps 2 --drop-path 0.2 --eval-every 1")
+    assert lomar(*words, "--out", tmp_path / "one").status == 0
+    in_two_processes(tmp_path, *words, "--out", tmp_path / "two")
+    np.testing.assert_allclose(np.array(course(tmp_path / "two")), np.array(course(tmp_path / "one")), rtol=1e-4)
+    assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2] and "box_ap" in rows(tmp_path / "two")[-1]
+    assert json.loads((tmp_path / "two" / "evaluation.json").read_text())["images"] == 2
