@@ -285,6 +285,31 @@ def test_what_is_finished_is_not_made_again(lomar: Command, photos: Path, tmp_pa
     assert read_embedding(out).about["features"] == "mean"
 
 
+def test_resume_begins_where_nothing_was_begun(lomar: Command, photos: Path, tmp_path: Path) -> None:
+    """One command line serves a job that is started again and again."""
+    words = (SMALL, "--data", photos, "--out")
+    out = tmp_path / "e.npz"
+    assert lomar(*words, tmp_path / "whole.npz").status == 0
+    partial_of(out).mkdir()  # as a kill leaves it that comes before the first row
+    (partial_of(out) / "rows").write_bytes(b"some")
+    assert lomar(*words, out, "--resume").status == 0
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert not partial_of(out).exists()
+
+
+def test_what_a_kill_left_beside_a_finished_file_goes(lomar: Command, photos: Path, tmp_path: Path) -> None:
+    """It came after the file had its name and before the folder in which it was made was deleted."""
+    out = tmp_path / "e.safetensors"
+    words = (SMALL, "--data", photos, "--out", out)
+    assert lomar(*words).status == 0
+    whole = out.read_bytes()
+    partial_of(out).mkdir()
+    (partial_of(out) / "state.json").write_text("{}")
+    (tmp_path / f".{out.name}.lock").touch()
+    assert lomar(*words, "--resume").out == f"{out} is finished: 8 images\n"
+    assert out.read_bytes() == whole and [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
 def test_what_was_begun_is_neither_lost_nor_mixed(
     lomar: Command, photos: Path, tmp_path: Path, stops_in: Callable[..., None]
 ) -> None:
@@ -424,10 +449,6 @@ def test_fewer_images_at_once_where_each_has_many_patches(device: str, model: st
         ("--model {model} --data {photos} --out e.pt", "--out is e.pt; it must end in .safetensors or .npz"),
         ("--model {model} --data {photos} --out {there}", "--out {there} exists; --overwrite replaces it"),
         ("--model {model} --data {photos} --out {folder}", "--out {folder} is a folder"),
-        (
-            "--model {model} --data {photos} --out {out} --resume",
-            "--resume: there is nothing begun in {out}.partial; leave it out to begin",
-        ),
         ("--model {model} --data {photos} --out {there} --resume", "{there} is no embedding; lomar embed writes one"),
         (
             "--model {model} --data {photos} --out {out} --resume --overwrite",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lomar.commands.automatic import find_hardware
 from lomar.commands.panels import central_crops
+from lomar.commands.runs import goes_on
 from lomar.commands.tokenizer_settling import Files, SettledTokenizer, files_of, settle, settle_again
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import CropPlan, MicroBatch, SampleKey, pretraining_batches
@@ -49,14 +50,11 @@ def command(given: Mapping[str, Any]) -> int:
     if launched().count > 1:
         raise UserError("a tokenizer trains in one process; start it without torchrun")
     files = files_of(asked)
-    resume = bool(asked.get("resume"))
-    if resume and asked.get("overwrite"):
-        raise UserError("--resume and --overwrite are both given; give one")
-    if resume and files.finished:
-        Display(1).say(f"{files.tokenizer} is finished")
-        return 0
-    settled = (settle_again if resume else settle)(asked, files)
+    resume = goes_on(files.begun or files.tokenizer.exists(), asked)
     try:
+        if resume and files.tokenizer.exists():
+            return _finished(files)
+        settled = (settle_again if resume else settle)(asked, files)
         with (
             only_writer(files.lock, f"--out {files.tokenizer}"),
             Display(settled.options.log_every) as display,
@@ -64,8 +62,23 @@ def command(given: Mapping[str, Any]) -> int:
         ):
             return _train(settled, files, display, stop)
     except OSError as error:
-        goes_on = "; --resume goes on when it can" if Checkpoints(files.partial).steps() else ""
-        raise UserError(f"--out {files.tokenizer} cannot be written: {error.strerror or error}{goes_on}") from error
+        hint = "; --resume goes on when it can" if Checkpoints(files.partial).steps() else ""
+        raise UserError(f"--out {files.tokenizer} cannot be written: {error.strerror or error}{hint}") from error
+
+
+def _finished(files: Files) -> int:
+    """Say so. The tokenizer is written last; what a kill then left beside it goes now."""
+    if files.partial.exists() or files.lock.exists():
+        with only_writer(files.lock, f"--out {files.tokenizer}"):
+            _clear(files)
+    Display(1).say(f"{files.tokenizer} is finished")
+    return 0
+
+
+def _clear(files: Files) -> None:
+    """Remove the checkpoints."""
+    if files.partial.is_dir():
+        shutil.rmtree(files.partial)
 
 
 def _train(settled: SettledTokenizer, files: Files, display: Display, stop: StopRequest) -> int:
@@ -123,15 +136,10 @@ class _Training:
         if self.checkpoint:
             self._restore(self.checkpoint)
             return
-        self._clear()
+        _clear(self.files)
         for path in self.files.all():
             path.unlink(missing_ok=True)
         self.save()
-
-    def _clear(self) -> None:
-        """Remove the checkpoints."""
-        if self.files.partial.is_dir():
-            shutil.rmtree(self.files.partial)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         try:
@@ -292,7 +300,7 @@ class _Training:
         picture = tokens_figure(self.dvae.unit(pixels).cpu().numpy(), decoded.cpu().numpy(), caption)
         save_png(picture, self.files.picture)
         save_tokenizer(self.files.tokenizer, self.dvae)
-        self._clear()
+        _clear(self.files)
         self.display.say(
             f"the tokenizer is in {self.files.tokenizer}, what it keeps in {self.files.picture}; to use it:\n"
             f"    lomar pretrain --method beit --tokenizer {self.files.tokenizer} --data {self.options.data} --out run"

@@ -220,7 +220,11 @@ class TokenizerOptions:
         metavar="FILE.safetensors",
         results=False,
     )
-    resume: bool = option("go on with what was begun in --out; needs no other option", default=False, results=False)
+    resume: bool = option(
+        "go on with what was begun in --out, with no other option; begin it if nothing was and --data is given",
+        default=False,
+        results=False,
+    )
     overwrite: bool = option("delete what is in --out and start anew", default=False, results=False)
     # The tokenizer
     vocab: int = option("number of tokens", auto=AUTO, low=2, high=MOST_BATCH, metavar="N")
