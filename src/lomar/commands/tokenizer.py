@@ -30,6 +30,7 @@ from lomar.methods.tokenizer_loss import losses, prepare, temperature, usage_of
 from lomar.methods.views import local_windows
 from lomar.seeding import seeded
 from lomar.training.checkpoint import Checkpoints
+from lomar.training.keeping import Keeper
 from lomar.training.optim import Schedule, adamw
 from lomar.training.records import Display, Metrics, Row
 from lomar.training.signals import StopRequest
@@ -120,7 +121,8 @@ class _Training:
         self.optimizer = adamw(self.dvae, WEIGHT_DECAY, BETAS)
         warmup = WARMUP_SHARE * options.max_steps
         self.schedule = Schedule(peak_lr=options.lr, warmup_steps=warmup, total_steps=options.max_steps)
-        self.metrics = Metrics(files.metrics)
+        metrics, checkpoints = Metrics(files.metrics), Checkpoints(files.partial)
+        self.keeper = Keeper(metrics, checkpoints, CHECKPOINT_MINUTES, display.say, files.tokenizer)
         self.step = 0
         self.elapsed_s = 0.0
         self.evaluated: Row = {}  # by the last evaluation
@@ -150,8 +152,8 @@ class _Training:
             raise UserError(f"{self.files.partial} is not what lomar tokenizer train leaves behind") from error
         Metrics.cut(self.files.metrics, after_step=self.step)
 
-    def save(self) -> None:
-        """Write the checkpoint."""
+    def save(self, needed: bool = True) -> None:
+        """Write the checkpoint; see `Keeper.save`."""
         about_this_call = ("resume", "overwrite", "out")
         options = {name: value for name, value in asdict(self.options).items() if name not in about_this_call}
         state = {
@@ -163,7 +165,7 @@ class _Training:
             "elapsed_s": self.elapsed_s,
             "evaluated": self.evaluated,
         }
-        Checkpoints(self.files.partial).save(self.step, state)
+        self.keeper.save(self.step, state, needed)
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the end, or until `stop` asks; True when finished.
@@ -173,7 +175,6 @@ class _Training:
         """
         total = self.options.max_steps
         evaluate_every = max(1, total // EVALUATIONS)
-        saved = time.monotonic()
         self.display.start(total, self.step)
         with closing(self._batches()) as batches:
             while self.step < total:
@@ -182,12 +183,12 @@ class _Training:
                 if finished or self.step % evaluate_every == 0:
                     self.evaluated = self._evaluate()
                     row |= self.evaluated
-                self.metrics.write([row])
+                self.keeper.record([row])
                 self.display.step(row, self.elapsed_s / self.step * (total - self.step))
-                if finished or stop.signal_number or time.monotonic() - saved > 60 * CHECKPOINT_MINUTES:
-                    self.save()
-                    saved = time.monotonic()
-                if stop.signal_number and not finished:
+                stopping = stop.signal_number > 0
+                if finished or stopping or self.keeper.due:
+                    self.save(needed=finished or stopping)
+                if stopping and not finished:
                     return False
         return True
 
