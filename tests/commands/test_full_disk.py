@@ -9,7 +9,6 @@ import pytest
 from kept import last_state
 from safetensors.torch import load_file
 
-from lomar.commands import probe, tokenizer
 from lomar.commands.probe import _Probe
 from lomar.commands.tokenizer import _Training
 from lomar.training import keeping
@@ -104,19 +103,17 @@ def test_a_run_that_ends_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
 
 TOKENIZER = (
     "tokenizer train --image-size 32 --window-size 2 --width 4 --blocks-per-group 1 --vocab 11 --batch-size 4 "
-    "--workers 0 --device cpu --max-steps 9"
+    "--workers 0 --device cpu --max-steps 9 --checkpoint-minutes 1e-9"
 )
 PROBE = (
     "probe --workers 0 --device cpu --precision fp32 --model scratch:16x2x2 --image-size 32 --base-lrs 1 "
-    "--batch-size 4 --epochs 9"
+    "--batch-size 4 --epochs 9 --checkpoint-minutes 1e-9"
 )
 LEARNERS = [(TOKENIZER, "t.safetensors", _Training, "_learn"), (PROBE, "p", _Probe, "_one_step")]
 
 
 @pytest.fixture
-def saved_at_every_step(monkeypatch: pytest.MonkeyPatch, miniature: None) -> None:
-    for module in (tokenizer, probe):
-        monkeypatch.setattr(module, "CHECKPOINT_MINUTES", -1)
+def tried_again_at_once(monkeypatch: pytest.MonkeyPatch, miniature: None) -> None:
     monkeypatch.setattr(keeping, "RETRY_SECONDS", -1)
 
 
@@ -141,7 +138,7 @@ def test_tokenizer_and_probe_outlive_a_disk_that_is_full_for_a_while(
     small_disk: Path,
     full_between: Callable[..., None],
     tmp_path: Path,
-    saved_at_every_step: None,
+    tried_again_at_once: None,
 ) -> None:
     """No checkpoint can be written from step 4 to 6; in the end nothing is missing."""
     assert lomar(words, "--data", photos, "--out", tmp_path / name).status == 0
@@ -164,7 +161,7 @@ def test_tokenizer_and_probe_that_end_on_a_full_disk_say_so_and_go_on_when_there
     small_disk: Path,
     full_between: Callable[..., None],
     tmp_path: Path,
-    saved_at_every_step: None,
+    tried_again_at_once: None,
 ) -> None:
     command = (words, "--data", photos, "--resume --out")
     assert lomar(*command, tmp_path / name).status == 0

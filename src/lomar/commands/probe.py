@@ -42,7 +42,6 @@ PROBE_FILES = (
     LOG_FILE,
 )
 EVALUATIONS = 10  # of a probe, evenly spread
-CHECKPOINT_MINUTES = 10.0
 ROWS_AT_ONCE = 50  # of the metrics, written together
 
 
@@ -80,7 +79,7 @@ class _Probe:
         self.display, self.stop = display, stop
         self.metrics = Metrics(folder / METRICS_FILE)
         self.checkpoints = Checkpoints(folder / FOLDER)
-        self.keeper = Keeper(self.metrics, self.checkpoints, CHECKPOINT_MINUTES, display.say, folder)
+        self.keeper = Keeper(self.metrics, self.checkpoints, self.options.checkpoint_minutes, display.say, folder)
         layers = self.options.layers
         assert layers is not None  # settled
         self.inputs = head_inputs(self.options.features, layers)

@@ -40,7 +40,6 @@ WARMUP_SHARE = 0.05  # of the run
 BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 1e-4  # DALL-E's
 CLIP_GRAD = 1.0
-CHECKPOINT_MINUTES = 10.0
 EVALUATIONS = 5  # of a run, on the same images
 DRAWN_IMAGES = 8
 
@@ -122,7 +121,7 @@ class _Training:
         warmup = WARMUP_SHARE * options.max_steps
         self.schedule = Schedule(peak_lr=options.lr, warmup_steps=warmup, total_steps=options.max_steps)
         metrics, checkpoints = Metrics(files.metrics), Checkpoints(files.partial)
-        self.keeper = Keeper(metrics, checkpoints, CHECKPOINT_MINUTES, display.say, files.tokenizer)
+        self.keeper = Keeper(metrics, checkpoints, options.checkpoint_minutes, display.say, files.tokenizer)
         self.step = 0
         self.elapsed_s = 0.0
         self.evaluated: Row = {}  # by the last evaluation

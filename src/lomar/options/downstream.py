@@ -247,6 +247,9 @@ class ProbeOptions:
     )
     device: str = option("where to compute", default="auto", choices=DEVICES, metavar="NAME", results=False)
     precision: str = option("precision of the encoder", default="auto", choices=PRECISIONS, metavar="NAME")
+    checkpoint_minutes: float = option(
+        "minutes between checkpoints", default=10.0, above=0, metavar="MIN", results=False
+    )
     log_every: int = option("steps between two plain progress lines", default=50, low=1, metavar="N", results=False)
 
 

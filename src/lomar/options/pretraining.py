@@ -254,6 +254,9 @@ class TokenizerOptions:
     # How fast, how watched: another value leads to the same tokenizer
     workers: int = option("processes that read images", auto=AUTO, low=0, high=MOST_WORKERS, metavar="W", results=False)
     device: str = option("where to compute", auto=AUTO, choices=("auto", "cpu", "cuda"), metavar="NAME", results=False)
+    checkpoint_minutes: float = option(
+        "minutes between checkpoints", default=10.0, above=0, metavar="MIN", results=False
+    )
     log_every: int = option("steps between two plain progress lines", default=10, low=1, metavar="N", results=False)
     max_bad_share: float = option(
         "share of unreadable images from which to refuse", default=0.25, low=0, high=1, metavar="S", results=False
