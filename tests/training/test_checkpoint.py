@@ -80,6 +80,14 @@ def test_any_damage_is_noticed_and_the_one_before_is_taken(
     )
 
 
+def test_what_a_kill_left_half_written_goes_with_the_next(tmp_path: Path) -> None:
+    """Each of them takes as much room as a checkpoint."""
+    checkpoints = kept(tmp_path, 7)
+    (checkpoints.folder / ".step-000000009.pt.tmp").write_bytes(b"some")
+    checkpoints.save(11, state(11))
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"step-000000007.pt", "step-000000011.pt"}
+
+
 def test_where_all_are_damaged_one_line_names_them(tmp_path: Path) -> None:
     checkpoints = kept(tmp_path, 5, 10)
     for step in (5, 10):

@@ -61,6 +61,8 @@ class Checkpoints:
         kept = [each for each in steps if each <= step][:KEPT]  # later ones are of a run that went back
         for each in set(steps) - set(kept):
             self.path(each).unlink(missing_ok=True)
+        for left in self.folder.glob(".step-*.pt.tmp"):  # by a kill, of a step that may not be saved again
+            left.unlink(missing_ok=True)
 
     def load(self, warn: Callable[[str], object] = lambda text: None) -> tuple[int, dict[str, Any]] | None:
         """Step and state of the last whole one, on the CPU; None where there is none at all.
