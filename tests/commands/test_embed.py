@@ -310,6 +310,19 @@ def test_what_a_kill_left_beside_a_finished_file_goes(lomar: Command, photos: Pa
     assert out.read_bytes() == whole and [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
+@pytest.mark.parametrize("words", ["", "--resume", "--overwrite"])
+def test_what_another_command_keeps_there_is_not_deleted(
+    words: str, lomar: Command, photos: Path, tmp_path: Path
+) -> None:
+    """`lomar tokenizer train` keeps its checkpoints in a folder of the same name."""
+    checkpoint = tmp_path / "t.safetensors.partial" / "step-000000700.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    outcome = lomar(SMALL, "--data", photos, "--out", tmp_path / "t.safetensors", words)
+    assert outcome.status == 2 and f"{checkpoint.parent} holds something else; give another file" in outcome.err
+    assert checkpoint.exists()
+
+
 def test_what_was_begun_is_neither_lost_nor_mixed(
     lomar: Command, photos: Path, tmp_path: Path, stops_in: Callable[..., None]
 ) -> None:

@@ -22,6 +22,7 @@ from lomar.downstream.embedding_writer import (
     bytes_needed,
     check_finished,
     discard,
+    holds_other,
 )
 from lomar.downstream.features import Wanted, layer_count
 from lomar.errors import UserError
@@ -100,6 +101,8 @@ def _check_out(out: Path, options: EmbedOptions) -> None:
         raise UserError(f"--out is {options.out}; it must end in .safetensors or .npz")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder")
+    if holds_other(out):
+        raise UserError(f"--out {out}: {partial_of(out)} holds something else; give another file")
     if options.resume or options.overwrite:
         return  # `goes_on` refuses both
     rows = begun(out)
