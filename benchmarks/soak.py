@@ -38,9 +38,10 @@ IMAGES, DISTINCT = 4000, 200  # files; the others are links to some
 CLOCKS = ("images_per_s", "data_wait", "elapsed_s")  # of a row of metrics
 UNCOMPARED = (FOLDER, "tensorboard", "train.log")  # which step came before the last depends on what hit it; clocks
 FAULTS = {"SIGKILL": 5, "SIGTERM": 2, "SIGINT twice": 1}
-TORN = 2  # of each kind of tear, likewise a weight
-SOON_S, LATER_S, ENDING_S = (0.0, 4.0), (3.0, 6.0), 0.3  # seconds from the start; from the first sign of the end
-ENDING_SHARE = 0.15  # of the hits wait for that
+TORN = 3  # of each kind of tear, likewise a weight
+STARTING_S, WORKING_S = (0.0, 3.0), (3.0, 8.0)  # seconds from the start
+ENDING_S = (0.0, 0.3)  # from the first sign of the end
+MOMENTS = {"starting": 3, "working": 5, "ending": 1}
 
 # How a power cut may leave what was not flushed. Each returns whether there was anything to tear.
 
@@ -254,7 +255,8 @@ class Soak:
     def __init__(self, job: Job, folder: Path, data: Path) -> None:
         self.job, self.folder, self.data = job, folder, data
         self.hits: Counter[tuple[str, str]] = Counter()  # (fault, how the process ended) -> times
-        self.tracebacks: list[str] = []
+        self.tracebacks: list[str] = []  # what was printed where one appeared
+        self.interrupted: list[str] = []  # the same, after a second Ctrl-C
         self.sizes: dict[str, int] = {}
         self.differing: list[tuple[str, int, str]] = []  # (what is compared, which job, which files)
         self.rounds = 0
@@ -287,7 +289,7 @@ class Soak:
             status = process.wait(timeout=300)
             text = log.read_bytes()[told:].decode(errors="replace")
             if "Traceback" in text:
-                self.tracebacks.append(f"after {fault or 'nothing'}:\n{text[text.index('Traceback') :]}")
+                (self.interrupted if fault == "SIGINT twice" else self.tracebacks).append(text)
             if not fault:
                 break
             self.hits[fault, str(status)] += 1
@@ -299,12 +301,11 @@ class Soak:
         """One fault at a random moment; its name, or "" where the process ended before."""
         faults = FAULTS | {f"SIGKILL, {name} torn": TORN for name in self.job.tears}
         fault = random.choices(list(faults), list(faults.values()))[0]
-        if random.random() < ENDING_SHARE:
-            while process.poll() is None and not (place / self.job.ending).exists():
-                time.sleep(0.002)
-            until = time.monotonic() + random.uniform(0, ENDING_S)
-        else:
-            until = time.monotonic() + random.uniform(*random.choice((SOON_S, LATER_S)))
+        moment = random.choices(list(MOMENTS), list(MOMENTS.values()))[0]
+        while moment == "ending" and process.poll() is None and not (place / self.job.ending).exists():
+            time.sleep(0.002)
+        window = {"starting": STARTING_S, "working": WORKING_S, "ending": ENDING_S}[moment]
+        until = time.monotonic() + random.uniform(*window)
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
         if process.poll() is not None:
@@ -315,7 +316,8 @@ class Soak:
             process.send_signal(signal.SIGINT)
         else:
             process.send_signal(signal.SIGTERM if fault == "SIGTERM" else signal.SIGKILL)
-        process.wait(timeout=300)
+        if process.wait(timeout=300) == 0:
+            return ""  # it was just done
         kind = fault.removeprefix("SIGKILL, ").removesuffix(" torn")
         if kind in self.job.tears and not self.job.tears[kind](place):
             return "SIGKILL"  # there was nothing to tear
@@ -354,7 +356,8 @@ class Soak:
             how = self.job.compared[what].__name__.replace("_", " ") if what in self.job.compared else ""
             lines.append(f"| {what} | {count} | {how} | {'DIFFERENT' if what in differing else 'equal'} |")
         lines += ["", *(f"job {number}: {what}: {which}" for what, number, which in self.differing)]
-        lines += [f"Tracebacks: {len(self.tracebacks)}", *self.tracebacks]
+        lines += [f"Tracebacks: {len(self.tracebacks)}; after a second Ctrl-C: {len(self.interrupted)}"]
+        lines += self.tracebacks + self.interrupted
         return "\n".join(lines)
 
 
