@@ -191,7 +191,7 @@ JOBS = {
     ),
     "probe": Job(
         f"probe {CPU} --precision fp32 --model scratch:16x2x2 --image-size 32 --base-lrs 0.1 1 --batch-size 64 "
-        "--epochs 40 --checkpoint-minutes 0.002",
+        "--epochs 160 --checkpoint-minutes 0.002",
         out=RUN,
         ending="run/probe.safetensors",
         compared={METRICS: rows, "run/probe.safetensors": weights, "run/probe.json": numbers},
