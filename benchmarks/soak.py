@@ -37,7 +37,7 @@ from lomar.training.checkpoint import FOLDER, Checkpoints
 IMAGES, DISTINCT = 4000, 200  # files; the others are links to some
 CLOCKS = ("images_per_s", "data_wait", "elapsed_s")  # of a row of metrics
 UNCOMPARED = (FOLDER, "tensorboard", "train.log")  # which step came before the last depends on what hit it; clocks
-FAULTS = {"SIGKILL": 5, "SIGTERM": 2, "SIGINT twice": 1}
+FAULTS = {"SIGKILL": 4, "SIGTERM": 3, "SIGINT twice": 3}
 TORN = 3  # of each kind of tear, likewise a weight
 STARTING_S, WORKING_S = (0.0, 3.0), (3.0, 8.0)  # seconds from the start
 ENDING_S = (0.0, 0.3)  # from the first sign of the end
