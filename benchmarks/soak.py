@@ -34,14 +34,13 @@ from lomar.data.shard_writer import JOURNAL_FILE
 from lomar.downstream.embedding import partial_of, state_of
 from lomar.training.checkpoint import FOLDER, Checkpoints
 
-IMAGES, DISTINCT = 4000, 200  # files; the others are links to some
+IMAGES, DISTINCT = 3000, 200  # files; the others are links to some
 CLOCKS = ("images_per_s", "data_wait", "elapsed_s")  # of a row of metrics
 UNCOMPARED = (FOLDER, "tensorboard", "train.log")  # which step came before the last depends on what hit it; clocks
 FAULTS = {"SIGKILL": 4, "SIGTERM": 3, "SIGINT twice": 3}
 TORN = 3  # of each kind of tear, likewise a weight
-STARTING_S, WORKING_S = (0.0, 3.0), (3.0, 8.0)  # seconds from the start
-ENDING_S = (0.0, 0.3)  # from the first sign of the end
-MOMENTS = {"starting": 3, "working": 5, "ending": 1}
+MOMENTS = {"starting": 3, "working": 5, "ending": 1}  # when a fault comes, likewise
+WINDOW_S = {"starting": 4.0, "working": 3.0, "ending": 0.3}  # from the start, its first word, the first sign of its end
 
 # How a power cut may leave what was not flushed. Each returns whether there was anything to tear.
 
@@ -170,17 +169,17 @@ SAFE_SOON = "import lomar.downstream.embedding_writer as writer; writer.KEEP_EVE
 JOBS = {
     "pretrain": Job(
         f"pretrain {SMALL} --model 16x3x2 --window-size 3 --views 2 --eval-every 0.5 --warmup-epochs 0.1 "
-        "--max-steps 1500",
+        "--max-steps 800",
         out=RUN,
-        ending=f"{STATES}/step-000001500.pt",
+        ending=f"{STATES}/step-000000800.pt",
         compared={METRICS: rows, STATES: last_checkpoint, "run/*.safetensors": weights},
         tears=OF_A_RUN,
     ),
     "finetune": Job(
         f"finetune {SMALL} --model scratch:16x3x2 --eval-every 0.25 --warmup-epochs 0.1 --drop-path 0.1 "
-        "--max-steps 800",
+        "--max-steps 500",
         out=RUN,
-        ending=f"{STATES}/step-000000800.pt",
+        ending=f"{STATES}/step-000000500.pt",
         compared={
             METRICS: rows,
             STATES: last_checkpoint,
@@ -191,7 +190,7 @@ JOBS = {
     ),
     "probe": Job(
         f"probe {CPU} --precision fp32 --model scratch:16x2x2 --image-size 32 --base-lrs 0.1 1 --batch-size 64 "
-        "--epochs 160 --checkpoint-minutes 0.002",
+        "--epochs 120 --checkpoint-minutes 0.002",
         out=RUN,
         ending="run/probe.safetensors",
         compared={METRICS: rows, "run/probe.safetensors": weights, "run/probe.json": numbers},
@@ -200,7 +199,7 @@ JOBS = {
     ),
     "tokenizer": Job(
         f"tokenizer train {CPU} --image-size 32 --window-size 2 --width 4 --blocks-per-group 1 --vocab 16 "
-        "--batch-size 4 --max-steps 700 --checkpoint-minutes 0.002",
+        "--batch-size 4 --max-steps 500 --checkpoint-minutes 0.002",
         out="t.safetensors",
         ending="t.png",
         compared={"t.jsonl": rows, "t.safetensors": weights, "t.png": content},
@@ -285,7 +284,7 @@ class Soak:
             log.touch()
             told = log.stat().st_size
             process = self.started(place, log)
-            fault = self.hit(process, place) if self.hits.total() < most else ""
+            fault = self.hit(process, place, log, told) if self.hits.total() < most else ""
             status = process.wait(timeout=300)
             text = log.read_bytes()[told:].decode(errors="replace")
             if "Traceback" in text:
@@ -297,15 +296,26 @@ class Soak:
             raise SystemExit(f"it ended by itself with status {status}: see {log}")
         self.compare(place)
 
-    def hit(self, process: subprocess.Popen[bytes], place: Path) -> str:
-        """One fault at a random moment; its name, or "" where the process ended before."""
+    def hit(self, process: subprocess.Popen[bytes], place: Path, log: Path, told: int) -> str:
+        """One fault at a random moment; its name, or "" where the process ended before.
+
+        Args:
+            process: to be hit.
+            place: of the job.
+            log: of the job.
+            told: bytes of it before the process was started.
+        """
         faults = FAULTS | {f"SIGKILL, {name} torn": TORN for name in self.job.tears}
         fault = random.choices(list(faults), list(faults.values()))[0]
         moment = random.choices(list(MOMENTS), list(MOMENTS.values()))[0]
-        while moment == "ending" and process.poll() is None and not (place / self.job.ending).exists():
+        signs = {
+            "starting": lambda: True,
+            "working": lambda: log.stat().st_size > told,
+            "ending": (place / self.job.ending).exists,
+        }
+        while process.poll() is None and not signs[moment]():
             time.sleep(0.002)
-        window = {"starting": STARTING_S, "working": WORKING_S, "ending": ENDING_S}[moment]
-        until = time.monotonic() + random.uniform(*window)
+        until = time.monotonic() + random.uniform(0, WINDOW_S[moment])
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
         if process.poll() is not None:
