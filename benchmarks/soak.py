@@ -242,6 +242,13 @@ def make_images(root: Path) -> None:
             os.link(root / "abcd"[number % DISTINCT % 4] / f"{number % DISTINCT:05}.jpg", path)
 
 
+def where(text: str) -> str:
+    """The innermost file and line of a traceback, and the error."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    files = [line for line in lines if line.startswith("File ")]
+    return f"- {files[-1]}: {lines[-1]}"
+
+
 class Soak:
     """One job, done undisturbed and then hit.
 
@@ -255,7 +262,7 @@ class Soak:
         self.job, self.folder, self.data = job, folder, data
         self.hits: Counter[tuple[str, str]] = Counter()  # (fault, how the process ended) -> times
         self.tracebacks: list[str] = []  # what was printed where one appeared
-        self.interrupted: list[str] = []  # the same, after a second Ctrl-C
+        self.interrupted: list[str] = []  # the same, after a second Ctrl-C, which Python meets outside of `main`
         self.sizes: dict[str, int] = {}
         self.differing: list[tuple[str, int, str]] = []  # (what is compared, which job, which files)
         self.rounds = 0
@@ -367,7 +374,7 @@ class Soak:
             lines.append(f"| {what} | {count} | {how} | {'DIFFERENT' if what in differing else 'equal'} |")
         lines += ["", *(f"job {number}: {what}: {which}" for what, number, which in self.differing)]
         lines += [f"Tracebacks: {len(self.tracebacks)}; after a second Ctrl-C: {len(self.interrupted)}"]
-        lines += self.tracebacks + self.interrupted
+        lines += [*self.tracebacks, *sorted({where(text) for text in self.interrupted})]
         return "\n".join(lines)
 
 
@@ -380,7 +387,7 @@ def main() -> int:
     args = parser.parse_args()
     random.seed(args.seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would pass it over
-    os.environ["OMP_NUM_THREADS"] = "1"  # small matrices
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # small matrices; the first word is seen at once
     args.out.mkdir(parents=True)
     make_images(args.out / "images")
     soak = Soak(JOBS[args.command], args.out, args.out / "images")
