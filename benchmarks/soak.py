@@ -13,34 +13,39 @@ or a traceback appeared. Linux alone.
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lomar.data.shard_writer import JOURNAL_FILE
+from lomar.cli import main as lomar
+from lomar.data.shards import JOURNAL_FILE
+from lomar.downstream import embedding_writer
 from lomar.downstream.embedding import partial_of, state_of
 from lomar.training.checkpoint import FOLDER, Checkpoints
 
 IMAGES, DISTINCT = 3000, 200  # files; the others are links to some
 CLOCKS = ("images_per_s", "data_wait", "elapsed_s")  # of a row of metrics
+PROCESSES = multiprocessing.get_context("forkserver")  # from one that has imported torch, since that takes seconds
 UNCOMPARED = (FOLDER, "tensorboard", "train.log")  # which step came before the last depends on what hit it; clocks
 FAULTS = {"SIGKILL": 4, "SIGTERM": 3, "SIGINT twice": 3}
 TORN = 3  # of each kind of tear, likewise a weight
 MOMENTS = {"starting": 3, "working": 5, "ending": 1}  # when a fault comes, likewise
-WINDOW_S = {"starting": 4.0, "working": 3.0, "ending": 0.3}  # from the start, its first word, the first sign of its end
+WINDOW_S = {"starting": 2.0, "working": 3.0, "ending": 0.3}  # from the start, its first word, the first sign of its end
 
 # How a power cut may leave what was not flushed. Each returns whether there was anything to tear.
 
@@ -147,7 +152,6 @@ class Job:
         ending: a file below the place that appears when it is about to end.
         compared: pattern of files below the place -> what of them must be equal.
         tears: name -> what tears something in the place, where there is something.
-        before: Python to run before the command.
     """
 
     words: str
@@ -155,7 +159,6 @@ class Job:
     ending: str
     compared: dict[str, Callable[[Path], Any]]
     tears: dict[str, Callable[[Path], bool]]
-    before: str = ""
 
 
 RUN, METRICS, STATES = "run", "run/metrics.jsonl", f"run/{FOLDER}"
@@ -165,7 +168,6 @@ OF_A_RUN = {
 }
 CPU = "--data {images} --device cpu --workers 1"
 SMALL = f"{CPU} --precision fp32 --image-size 32 --patch-size 8 --batch-size 4 --checkpoint-steps 7"
-SAFE_SOON = "import lomar.downstream.embedding_writer as writer; writer.KEEP_EVERY_S = 0.2"  # not 5 seconds
 JOBS = {
     "pretrain": Job(
         f"pretrain {SMALL} --model 16x3x2 --window-size 3 --views 2 --eval-every 0.5 --warmup-epochs 0.1 "
@@ -195,7 +197,6 @@ JOBS = {
         ending="run/probe.safetensors",
         compared={METRICS: rows, "run/probe.safetensors": weights, "run/probe.json": numbers},
         tears=OF_A_RUN | {"features": lambda place: tear_features(place / RUN)},
-        before=SAFE_SOON,
     ),
     "tokenizer": Job(
         f"tokenizer train {CPU} --image-size 32 --window-size 2 --width 4 --blocks-per-group 1 --vocab 16 "
@@ -224,7 +225,6 @@ JOBS = {
         ending="e.safetensors",
         compared={"e.safetensors": content},
         tears={"rows": lambda place: tear_rows(place / "e.safetensors")},
-        before=SAFE_SOON,
     ),
 }
 
@@ -249,6 +249,27 @@ def where(text: str) -> str:
     return f"- {files[-1]}: {lines[-1]}"
 
 
+def perform(words: list[str], log: Path) -> None:
+    """A command line, in a process of its own."""
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    multiprocessing.set_start_method("fork", force=True)  # for its workers: as in a process started by hand
+    torch.set_num_threads(1)  # for small matrices
+    embedding_writer.KEEP_EVERY_S = 0.2  # not 5: it is hit more often
+    sys.exit(lomar(words))
+
+
+def ended(process: BaseProcess) -> int:
+    """Wait for a process; its exit status, minus the signal's number where one ended it."""
+    process.join(300)
+    if process.exitcode is None:
+        process.kill()
+        raise SystemExit(f"process {process.pid} does not end")
+    return process.exitcode
+
+
 class Soak:
     """One job, done undisturbed and then hit.
 
@@ -267,18 +288,18 @@ class Soak:
         self.differing: list[tuple[str, int, str]] = []  # (what is compared, which job, which files)
         self.rounds = 0
 
-    def started(self, place: Path, log: Path) -> subprocess.Popen[bytes]:
+    def started(self, place: Path, log: Path) -> BaseProcess:
         """The job, begun or gone on with."""
         place.mkdir(exist_ok=True)
-        code = f"{self.job.before}\nimport sys; from lomar.cli import main; sys.exit(main(sys.argv[1:]))"
-        words = self.job.words.format(images=self.data).split()
-        command = [sys.executable, "-c", code, *words, "--resume", "--out", str(place / self.job.out)]
-        return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+        words = [*self.job.words.format(images=self.data).split(), "--resume", "--out", str(place / self.job.out)]
+        process = PROCESSES.Process(target=perform, args=(words, log))
+        process.start()
+        return process
 
     def undisturbed(self) -> float:
         """Do the job once; returns the seconds."""
         began = time.monotonic()
-        if status := self.started(self.folder / "alone", self.folder / "alone.log").wait():
+        if status := ended(self.started(self.folder / "alone", self.folder / "alone.log")):
             raise SystemExit(f"undisturbed it ended with status {status}: see {self.folder / 'alone.log'}")
         return time.monotonic() - began
 
@@ -292,7 +313,7 @@ class Soak:
             told = log.stat().st_size
             process = self.started(place, log)
             fault = self.hit(process, place, log, told) if self.hits.total() < most else ""
-            status = process.wait(timeout=300)
+            status = ended(process)
             text = log.read_bytes()[told:].decode(errors="replace")
             if "Traceback" in text:
                 (self.interrupted if fault == "SIGINT twice" else self.tracebacks).append(text)
@@ -303,7 +324,7 @@ class Soak:
             raise SystemExit(f"it ended by itself with status {status}: see {log}")
         self.compare(place)
 
-    def hit(self, process: subprocess.Popen[bytes], place: Path, log: Path, told: int) -> str:
+    def hit(self, process: BaseProcess, place: Path, log: Path, told: int) -> str:
         """One fault at a random moment; its name, or "" where the process ended before.
 
         Args:
@@ -320,20 +341,18 @@ class Soak:
             "working": lambda: log.stat().st_size > told,
             "ending": (place / self.job.ending).exists,
         }
-        while process.poll() is None and not signs[moment]():
+        while process.is_alive() and not signs[moment]():
             time.sleep(0.002)
         until = time.monotonic() + random.uniform(0, WINDOW_S[moment])
-        while process.poll() is None and time.monotonic() < until:
+        while process.is_alive() and time.monotonic() < until:
             time.sleep(0.005)
-        if process.poll() is not None:
+        if not process.is_alive():
             return ""
-        if fault == "SIGINT twice":
-            process.send_signal(signal.SIGINT)
+        numbers = {"SIGINT twice": [signal.SIGINT, signal.SIGINT], "SIGTERM": [signal.SIGTERM]}
+        for number in numbers.get(fault, [signal.SIGKILL]):
+            os.kill(process.pid or 0, number)
             time.sleep(random.uniform(0, 0.05))
-            process.send_signal(signal.SIGINT)
-        else:
-            process.send_signal(signal.SIGTERM if fault == "SIGTERM" else signal.SIGKILL)
-        if process.wait(timeout=300) == 0:
+        if ended(process) == 0:
             return ""  # it was just done
         kind = fault.removeprefix("SIGKILL, ").removesuffix(" torn")
         if kind in self.job.tears and not self.job.tears[kind](place):
@@ -387,7 +406,7 @@ def main() -> int:
     args = parser.parse_args()
     random.seed(args.seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would pass it over
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # small matrices; the first word is seen at once
+    PROCESSES.set_forkserver_preload(["lomar.commands.pretrain", "lomar.commands.probe", "lomar.commands.tokenizer"])
     args.out.mkdir(parents=True)
     make_images(args.out / "images")
     soak = Soak(JOBS[args.command], args.out, args.out / "images")
