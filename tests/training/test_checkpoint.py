@@ -126,6 +126,27 @@ class Surprise:
         return exec, ("raise SystemExit('code ran')",)
 
 
+@pytest.mark.parametrize("last", [1, 2, 5, 9])
+def test_an_interrupt_while_one_is_written_stays_an_interrupt(
+    last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's writer then fails with an error of its own, which looks like that of a full disk."""
+    checkpoints = kept(tmp_path, 7)
+    write = checkpoint._Digesting.write
+    written: list[int] = []
+
+    def interrupted(self: Any, data: Any) -> int:
+        written.append(len(data))
+        if len(written) == last:
+            raise KeyboardInterrupt
+        return write(self, data)
+
+    monkeypatch.setattr(checkpoint._Digesting, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(8, state(8))
+    assert len(written) >= last and [path.name for path in checkpoints.folder.iterdir()] == ["step-000000007.pt"]
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     """Not even one with a right digest, which anybody can work out."""
     checkpoints = kept(tmp_path)

@@ -108,11 +108,19 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         digesting = _Digesting(file)
         try:
             torch.save(state, digesting)  # type: ignore[arg-type]  # all that it does is write
-        except RuntimeError as error:  # so torch's own writer tells of a full disk
-            raise digesting.failure or OSError(str(error).splitlines()[0]) from error
+        except RuntimeError as error:  # so torch's own writer tells of a full disk, and of Ctrl-C
+            raise _reason(error) from error
         file.write(_SEAL + digesting.digest.hexdigest().encode() + b"\n")
     if not _is_whole(path):
         raise OSError(f"{path} does not read back as it was written")
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What stopped torch's writer, which then fails with an error of its own."""
+    cause = error.__context__
+    while cause and not isinstance(cause, OSError | KeyboardInterrupt):
+        cause = cause.__context__
+    return cause or OSError(str(error).splitlines()[0])
 
 
 def _read(path: Path, checked: bool = True) -> dict[str, Any]:
@@ -140,22 +148,17 @@ def _is_whole(path: Path) -> bool:
 
 
 class _Digesting(io.RawIOBase):
-    """A file that is written from beginning to end; the SHA-256 of what was written, and what went wrong."""
+    """A file that is written from beginning to end, and the SHA-256 of what was written."""
 
     def __init__(self, file: Any) -> None:
         super().__init__()
         self.file = file
         self.digest = hashlib.sha256()
-        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.failure = error  # torch puts an error of its own in its place
-            raise
+        self.file.write(data)
         return len(data)
