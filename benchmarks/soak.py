@@ -6,7 +6,7 @@ A small job is done once undisturbed. Then it is started with `--resume`, and at
 while it works, while it ends) gets SIGKILL (half of the times), SIGTERM, or SIGINT twice; now and then what was not
 yet flushed to disk is torn as a power cut may leave it: its end missing, or zeros. It is started again until it is
 done, and what is then in its place is compared with what the undisturbed one left: metrics row for row without
-clocks, weights, files byte for byte, and the names of all files. Where it is done before it was hit often enough,
+clocks, weights, files byte for byte, and the names of all files; so are the statuses with what they should be. Where it is done before it was hit often enough,
 another one is begun. Tables of what was injected and of what was compared end it, with status 1 if anything differs
 or a traceback appeared. Linux alone.
 """
@@ -43,6 +43,7 @@ CLOCKS = ("images_per_s", "data_wait", "elapsed_s")  # of a row of metrics
 PROCESSES = multiprocessing.get_context("forkserver")  # from one that has imported torch, since that takes seconds
 UNCOMPARED = (FOLDER, "tensorboard", "train.log")  # which step came before the last depends on what hit it; clocks
 FAULTS = {"SIGKILL": 4, "SIGTERM": 3, "SIGINT twice": 3}
+STATUS = {"SIGTERM": ("143", "-15"), "SIGINT twice": ("130", "-2")}  # expected; of the others -9
 TORN = 3  # of each kind of tear, likewise a weight
 MOMENTS = {"starting": 3, "working": 5, "ending": 1}  # when a fault comes, likewise
 WINDOW_S = {"starting": 2.0, "working": 3.0, "ending": 0.3}  # from the start, its first word, the first sign of its end
@@ -320,6 +321,8 @@ class Soak:
             if not fault:
                 break
             self.hits[fault, str(status)] += 1
+            if str(status) not in STATUS.get(fault, ("-9",)):
+                self.differing.append(("statuses", self.rounds, f"{status} after {fault}, see {log}"))
         if status:
             raise SystemExit(f"it ended by itself with status {status}: see {log}")
         self.compare(place)
@@ -388,7 +391,7 @@ class Soak:
         lines += ["", f"{self.hits.total()} hits in {self.rounds} jobs of {alone_s:.0f} s.", ""]
         lines += ["| compared | files | by | |", "|---|---|---|---|"]
         differing = {what for what, _, _ in self.differing}
-        for what, count in {**self.sizes, "names of files": "all"}.items():
+        for what, count in {**self.sizes, "names of files": "all", "statuses": "all"}.items():
             how = self.job.compared[what].__name__.replace("_", " ") if what in self.job.compared else ""
             lines.append(f"| {what} | {count} | {how} | {'DIFFERENT' if what in differing else 'equal'} |")
         lines += ["", *(f"job {number}: {what}: {which}" for what, number, which in self.differing)]
