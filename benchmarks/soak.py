@@ -3,12 +3,12 @@
     python benchmarks/soak.py --out soak [--command pretrain] [--hits 50] [--seed 0]
 
 A small job is done once undisturbed. Then it is started with `--resume`, and at a random moment (while it starts,
-while it works, while it ends) gets SIGKILL (half of the times), SIGTERM, or SIGINT twice; now and then what was not
-yet flushed to disk is torn as a power cut may leave it: its end missing, or zeros. It is started again until it is
-done, and what is then in its place is compared with what the undisturbed one left: metrics row for row without
-clocks, weights, files byte for byte, and the names of all files; so are the statuses with what they should be. Where it is done before it was hit often enough,
-another one is begun. Tables of what was injected and of what was compared end it, with status 1 if anything differs
-or a traceback appeared. Linux alone.
+while it works, while it ends) gets SIGKILL, SIGTERM, or SIGINT twice; now and then what was not yet flushed to disk is
+torn as a power cut may leave it: its end missing, or zeros. It is started again until it is done, and what is then in
+its place is compared with what the undisturbed one left: metrics row for row without clocks, weights, files byte for
+byte, and the names of all files. Where it is done before it was hit often enough, another one is begun. Tables of what
+was injected and of what was compared end it, with status 1 if anything differs, a process ended with a status that
+does not belong to its signal, or a traceback appeared that is not Python's own of a second Ctrl-C. Linux alone.
 """
 
 import argparse
