@@ -1,5 +1,6 @@
 """Claims about `lomar embed`; timm, safetensors and NumPy are the judges. The Python of docs/embedding.md runs."""
 
+import errno
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from lomar.commands import frozen
 from lomar.data.sources import open_source
 from lomar.downstream import embedding_writer as writing
 from lomar.downstream.embedding import begun, partial_of, read_embedding
+from lomar.downstream.embedding_writer import EmbeddingWriter
 from lomar.interop.weights import save_encoder
 from lomar.methods.recipes import RECIPES
 
@@ -378,6 +380,28 @@ def test_a_run_and_images_that_moved_go_on(
     about = read_embedding(out).about
     assert (about["model"], about["root"]) == ("run", f"{tmp_path}/before/photos")
     assert lomar(*words, *moved, "--resume").out == f"{out} is finished: 8 images\n"
+
+
+def test_a_disk_that_becomes_full_is_one_line_and_what_was_begun_goes_on(
+    lomar: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "e.npz"
+    words = (SMALL, "--batch-size 3 --resume --data", photos, "--out")
+    assert lomar(*words, tmp_path / "whole.npz").status == 0
+    write = EmbeddingWriter.write
+
+    def full(self: EmbeddingWriter, *rows: Any) -> None:
+        if self.rows == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, *rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingWriter, "write", full)
+        outcome = lomar(*words, out)
+    reason = "No space left on device; --resume goes on when it can"
+    assert (outcome.status, outcome.err) == (2, f"lomar: error: --out {out} cannot be written: {reason}\n")
+    assert lomar(*words, out).status == 0
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
 def test_the_disk_is_looked_at_first(
