@@ -243,13 +243,6 @@ def make_images(root: Path) -> None:
             os.link(root / "abcd"[number % DISTINCT % 4] / f"{number % DISTINCT:05}.jpg", path)
 
 
-def where(text: str) -> str:
-    """The innermost file and line of a traceback, and the error."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    files = [line for line in lines if line.startswith("File ")]
-    return f"- {files[-1]}: {lines[-1]}"
-
-
 def perform(words: list[str], log: Path) -> None:
     """A command line, in a process of its own."""
     with log.open("ab", buffering=0) as file:
@@ -396,7 +389,7 @@ class Soak:
             lines.append(f"| {what} | {count} | {how} | {'DIFFERENT' if what in differing else 'equal'} |")
         lines += ["", *(f"job {number}: {what}: {which}" for what, number, which in self.differing)]
         lines += [f"Tracebacks: {len(self.tracebacks)}; after a second Ctrl-C: {len(self.interrupted)}"]
-        lines += [*self.tracebacks, *sorted({where(text) for text in self.interrupted})]
+        lines += self.tracebacks
         return "\n".join(lines)
 
 
