@@ -310,7 +310,7 @@ class Soak:
             status = ended(process)
             text = log.read_bytes()[told:].decode(errors="replace")
             if "Traceback" in text:
-                (self.interrupted if fault == "SIGINT twice" else self.tracebacks).append(text)
+                (self.interrupted if "KeyboardInterrupt" in text else self.tracebacks).append(text)
             if not fault:
                 break
             self.hits[fault, str(status)] += 1
