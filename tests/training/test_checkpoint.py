@@ -147,6 +147,22 @@ def test_an_interrupt_while_one_is_written_stays_an_interrupt(
     assert len(written) >= last and [path.name for path in checkpoints.folder.iterdir()] == ["step-000000007.pt"]
 
 
+def test_what_an_interrupted_writer_still_writes_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's does so when it is freed; an error there would abort the process."""
+    checkpoints = kept(tmp_path, 7)
+    files: list[Any] = []
+
+    def interrupted(state: dict[str, Any], file: Any) -> None:
+        files.append(file)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(8, state(8))
+    assert files[0].write(b"late") == 4
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-000000007.pt"]
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     """Not even one with a right digest, which anybody can work out."""
     checkpoints = kept(tmp_path)

@@ -110,6 +110,8 @@ def _write(path: Path, state: dict[str, Any]) -> None:
             torch.save(state, digesting)  # type: ignore[arg-type]  # all that it does is write
         except RuntimeError as error:  # so torch's own writer tells of a full disk, and of Ctrl-C
             raise _reason(error) from error
+        finally:
+            digesting.file = None
         file.write(_SEAL + digesting.digest.hexdigest().encode() + b"\n")
     if not _is_whole(path):
         raise OSError(f"{path} does not read back as it was written")
@@ -152,13 +154,15 @@ class _Digesting(io.RawIOBase):
 
     def __init__(self, file: Any) -> None:
         super().__init__()
-        self.file = file
+        self.file = file  # None once it is let go of
         self.digest = hashlib.sha256()
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.file.write(data)
+        # torch's writer that was interrupted writes once more when it is freed, and an error would end the process.
+        if self.file is not None:
+            self.digest.update(data)
+            self.file.write(data)
         return len(data)
