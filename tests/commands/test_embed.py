@@ -1,5 +1,6 @@
 """Claims about `lomar embed`; timm, safetensors and NumPy are the judges. The Python of docs/embedding.md runs."""
 
+import errno
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from lomar.commands import frozen
 from lomar.data.opening import open_source
 from lomar.downstream import embedding_writer as writing
 from lomar.downstream.embedding import begun, partial_of, read_embedding
+from lomar.downstream.embedding_writer import EmbeddingWriter
 from lomar.interop.weights import save_encoder
 from lomar.methods.recipes import RECIPES
 
@@ -285,6 +287,44 @@ def test_what_is_finished_is_not_made_again(lomar: Command, photos: Path, tmp_pa
     assert read_embedding(out).about["features"] == "mean"
 
 
+def test_resume_begins_where_nothing_was_begun(lomar: Command, photos: Path, tmp_path: Path) -> None:
+    """One command line serves a job that is started again and again."""
+    words = (SMALL, "--data", photos, "--out")
+    out = tmp_path / "e.npz"
+    assert lomar(*words, tmp_path / "whole.npz").status == 0
+    partial_of(out).mkdir()  # as a kill leaves it that comes before the first row
+    (partial_of(out) / "rows").write_bytes(b"some")
+    assert lomar(*words, out, "--resume").status == 0
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert not partial_of(out).exists()
+
+
+def test_what_a_kill_left_beside_a_finished_file_goes(lomar: Command, photos: Path, tmp_path: Path) -> None:
+    """It came after the file had its name and before the folder in which it was made was deleted."""
+    out = tmp_path / "e.safetensors"
+    words = (SMALL, "--data", photos, "--out", out)
+    assert lomar(*words).status == 0
+    whole = out.read_bytes()
+    partial_of(out).mkdir()
+    (partial_of(out) / "state.json").write_text("{}")
+    (tmp_path / f".{out.name}.lock").touch()
+    assert lomar(*words, "--resume").out == f"{out} is finished: 8 images\n"
+    assert out.read_bytes() == whole and [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("words", ["", "--resume", "--overwrite"])
+def test_what_another_command_keeps_there_is_not_deleted(
+    words: str, lomar: Command, photos: Path, tmp_path: Path
+) -> None:
+    """`lomar tokenizer train` keeps its checkpoints in a folder of the same name."""
+    checkpoint = tmp_path / "t.safetensors.partial" / "step-000000700.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    outcome = lomar(SMALL, "--data", photos, "--out", tmp_path / "t.safetensors", words)
+    assert outcome.status == 2 and f"{checkpoint.parent} holds something else; give another file" in outcome.err
+    assert checkpoint.exists()
+
+
 def test_what_was_begun_is_neither_lost_nor_mixed(
     lomar: Command, photos: Path, tmp_path: Path, stops_in: Callable[..., None]
 ) -> None:
@@ -340,6 +380,28 @@ def test_a_run_and_images_that_moved_go_on(
     about = read_embedding(out).about
     assert (about["model"], about["root"]) == ("run", f"{tmp_path}/before/photos")
     assert lomar(*words, *moved, "--resume").out == f"{out} is finished: 8 images\n"
+
+
+def test_a_disk_that_becomes_full_is_one_line_and_what_was_begun_goes_on(
+    lomar: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "e.npz"
+    words = (SMALL, "--batch-size 3 --resume --data", photos, "--out")
+    assert lomar(*words, tmp_path / "whole.npz").status == 0
+    write = EmbeddingWriter.write
+
+    def full(self: EmbeddingWriter, *rows: Any) -> None:
+        if self.rows == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, *rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingWriter, "write", full)
+        outcome = lomar(*words, out)
+    reason = "No space left on device; --resume goes on when it can"
+    assert (outcome.status, outcome.err) == (2, f"lomar: error: --out {out} cannot be written: {reason}\n")
+    assert lomar(*words, out).status == 0
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
 def test_the_disk_is_looked_at_first(
@@ -424,10 +486,6 @@ def test_fewer_images_at_once_where_each_has_many_patches(device: str, model: st
         ("--model {model} --data {photos} --out e.pt", "--out is e.pt; it must end in .safetensors or .npz"),
         ("--model {model} --data {photos} --out {there}", "--out {there} exists; --overwrite replaces it"),
         ("--model {model} --data {photos} --out {folder}", "--out {folder} is a folder"),
-        (
-            "--model {model} --data {photos} --out {out} --resume",
-            "--resume: there is nothing begun in {out}.partial; leave it out to begin",
-        ),
         ("--model {model} --data {photos} --out {there} --resume", "{there} is no embedding; lomar embed writes one"),
         (
             "--model {model} --data {photos} --out {out} --resume --overwrite",

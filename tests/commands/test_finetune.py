@@ -16,6 +16,7 @@ from kept import last_state
 from PIL import Image
 
 import lomar as package
+from lomar.commands import judging
 from lomar.commands.automatic import Hardware
 from lomar.commands.finetune_automatic import Start, choose_finetuning
 from lomar.downstream.embedding import read_embedding
@@ -376,13 +377,33 @@ def test_before_the_first_evaluation_the_classifier_is_the_last_one(
 
 
 def test_a_finished_run_that_was_not_judged_is_judged_on_resuming(
-    finetune: Command, lomar: Command, tmp_path: Path
+    finetune: Command, lomar: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """And drawn: a kill may have come before the curves."""
+    monkeypatch.setattr("lomar.commands.finetune.learning_curves", lambda rows, path: path.write_text(f"{len(rows)}"))
+    (tmp_path / "run" / "figures").mkdir(parents=True)
     assert finetune(tmp_path / "run", "--max-steps 2").status == 0
     told = (tmp_path / "run" / "evaluation.json").read_text()
+    pictures = sorted(path.name for path in (tmp_path / "run" / "figures").iterdir())
     (tmp_path / "run" / "evaluation.json").unlink()
+    assert pictures == ["confusion.png", "curves.png"]
+    for name in pictures:
+        (tmp_path / "run" / "figures" / name).unlink()
     assert lomar("finetune --resume --out", tmp_path / "run").status == 0
     assert (tmp_path / "run" / "evaluation.json").read_text() == told
+    assert sorted(path.name for path in (tmp_path / "run" / "figures").iterdir()) == pictures
+
+
+def test_evaluation_json_is_written_last(
+    finetune: Command, lomar: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its being there says that nothing is left to do."""
+    with monkeypatch.context() as patch:
+        patch.setattr(judging, "confusion_matrix", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert finetune(tmp_path / "run", "--max-steps 2").status == 130
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert lomar("finetune --resume --out", tmp_path / "run").status == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "figures").iterdir()) == ["confusion.png"]
 
 
 def test_where_nothing_that_judges_can_be_read_nothing_is_begun(

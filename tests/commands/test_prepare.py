@@ -180,6 +180,22 @@ def test_a_killed_run_goes_on_to_the_bytes_of_one_that_was_not(
     assert (outcome.status, outcome.out) == (0, f"{out} is finished: 29 images\n")
 
 
+@pytest.mark.parametrize("journal", [b"", b'{"data": "al', bytes(99)])
+def test_killed_before_its_plan_was_written_it_begins(
+    journal: bytes, lomar: Command, album: Path, whole: Path, tmp_path: Path
+) -> None:
+    """But shards beside a journal that does not say what they are, are kept."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "unfinished.jsonl").write_bytes(journal)
+    assert lomar("prepare --resume --data", album, "--out", out, SMALL).status == 0
+    assert contents(out) == contents(whole)
+    (out / "unfinished.jsonl").write_bytes(journal)
+    assert "is damaged; --overwrite starts anew" in refused(lomar("prepare --resume --data", album, "--out", out))
+    (out / "unfinished.jsonl").unlink()
+    assert contents(out) == contents(whole)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_it_and_says_how_it_goes_on(
     lomar: Command, album: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int

@@ -242,6 +242,41 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert files(out.parent) == files(whole.parent)
 
 
+def test_resume_begins_where_nothing_was_begun(whole: Path, train: Command, tmp_path: Path) -> None:
+    """One command line serves a job that is started again and again, even after a kill before the first checkpoint."""
+    (tmp_path / "parts").mkdir()
+    out = tmp_path / "parts" / "t.safetensors"
+    (tmp_path / "parts" / "t.safetensors.partial").mkdir()
+    (tmp_path / "parts" / "t.safetensors.partial" / ".step-000000000.pt.tmp").write_bytes(b"some")
+    assert train(out, "--resume").status == 0
+    assert course(out) == course(whole) and same(out, whole) and files(out.parent) == files(whole.parent)
+    assert train(out, "--resume").out == f"{out} is finished\n"
+
+
+def test_without_data_there_must_be_something_to_resume(lomar: Command, tmp_path: Path) -> None:
+    message = refused(lomar("tokenizer train --resume --out", tmp_path / "t.safetensors"))
+    assert message == f"--out: there is nothing to resume in {tmp_path / 't.safetensors.partial'}"
+
+
+def test_what_a_kill_left_beside_a_finished_tokenizer_goes(whole: Path, train: Command) -> None:
+    """It came after the tokenizer was written and before its checkpoints were deleted, the last of them at least."""
+    before = whole.read_bytes()
+    Checkpoints(whole.with_name("t.safetensors.partial")).save(3, {})
+    whole.with_name(".t.safetensors.lock").touch()
+    assert train(whole, "--resume").out == f"{whole} is finished\n"
+    assert whole.read_bytes() == before and files(whole.parent) == {"t.safetensors", "t.jsonl", "t.png"}
+
+
+def test_a_folder_that_holds_something_else_is_kept(train: Command, tmp_path: Path) -> None:
+    """`lomar embed` makes one of that name."""
+    other = tmp_path / "t.safetensors.partial" / "rows"
+    other.parent.mkdir()
+    other.touch()
+    assert "already exists" in refused(train(tmp_path / "t.safetensors"))
+    assert "there is nothing to resume" in refused(train(tmp_path / "t.safetensors", "--resume"))
+    assert other.exists()
+
+
 def test_a_run_that_ends_while_it_writes_its_files_writes_them_again(
     whole: Path, train: Command, lomar: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -304,7 +339,6 @@ REFUSED = {
     "--channels 5": "has 3 channels, but --channels is 5",
     "--pixel-type int8": "--pixel-type is 'int8'; it can be uint8, uint16, float32 (did you mean uint8?)",
     "--vocabulary 8": "there is no option --vocabulary (did you mean --vocab?)",
-    "--resume": "--out: there is nothing to resume",
     "--resume --overwrite": "--resume and --overwrite are both given; give one",
     "--out tokenizer.pkl": "--out is tokenizer.pkl; it must end in .safetensors",
 }

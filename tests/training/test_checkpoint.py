@@ -80,6 +80,14 @@ def test_any_damage_is_noticed_and_the_one_before_is_taken(
     )
 
 
+def test_what_a_kill_left_half_written_goes_with_the_next(tmp_path: Path) -> None:
+    """Each of them takes as much room as a checkpoint."""
+    checkpoints = kept(tmp_path, 7)
+    (checkpoints.folder / ".step-000000009.pt.tmp").write_bytes(b"some")
+    checkpoints.save(11, state(11))
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"step-000000007.pt", "step-000000011.pt"}
+
+
 def test_where_all_are_damaged_one_line_names_them(tmp_path: Path) -> None:
     checkpoints = kept(tmp_path, 5, 10)
     for step in (5, 10):
@@ -116,6 +124,43 @@ class Surprise:
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return exec, ("raise SystemExit('code ran')",)
+
+
+@pytest.mark.parametrize("last", [1, 2, 5, 9])
+def test_an_interrupt_while_one_is_written_stays_an_interrupt(
+    last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's writer then fails with an error of its own, which looks like that of a full disk."""
+    checkpoints = kept(tmp_path, 7)
+    write = checkpoint._Digesting.write
+    written: list[int] = []
+
+    def interrupted(self: Any, data: Any) -> int:
+        written.append(len(data))
+        if len(written) == last:
+            raise KeyboardInterrupt
+        return write(self, data)
+
+    monkeypatch.setattr(checkpoint._Digesting, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(8, state(8))
+    assert len(written) >= last and [path.name for path in checkpoints.folder.iterdir()] == ["step-000000007.pt"]
+
+
+def test_what_an_interrupted_writer_still_writes_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's does so when it is freed; an error there would abort the process."""
+    checkpoints = kept(tmp_path, 7)
+    files: list[Any] = []
+
+    def interrupted(state: dict[str, Any], file: Any) -> None:
+        files.append(file)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(8, state(8))
+    assert files[0].write(b"late") == 4
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-000000007.pt"]
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 from lomar import __version__
 from lomar.commands.frozen import FrozenEncoder, check_readable, open_frozen, weights_digest, why
 from lomar.commands.progress import watched
-from lomar.commands.runs import raise_unless_done
+from lomar.commands.runs import goes_on, raise_unless_done
 from lomar.data.opening import open_source
 from lomar.data.sources import ImageSource
-from lomar.downstream.embedding import begun
+from lomar.downstream.embedding import begun, partial_of
 from lomar.downstream.embedding_writer import (
     ENDINGS,
     EmbeddingWriter,
@@ -23,6 +23,7 @@ from lomar.downstream.embedding_writer import (
     bytes_needed,
     check_finished,
     discard,
+    holds_other,
 )
 from lomar.downstream.features import Wanted, layer_count
 from lomar.errors import UserError
@@ -61,6 +62,7 @@ def command(given: Mapping[str, Any]) -> int:
     options = EmbedOptions(**given)
     out = Path(options.out)
     _check_out(out, options)
+    resume = goes_on(begun(out) is not None or out.exists(), given)
     source = open_source(options.data)
     encoder = open_frozen(
         options.model,
@@ -73,20 +75,21 @@ def command(given: Mapping[str, Any]) -> int:
     check_readable(source, encoder, "--data", "files")
     batch_size = options.batch_size or _batch_size(encoder)
     plan = _plan(options, encoder, source, batch_size)
-    if options.resume and out.exists() and begun(out) is None:
-        check_finished(out, plan)
-        sys.stdout.write(f"{out} is finished: {plan.count} images\n")
-        return 0
     try:
+        if resume and begun(out) is None:
+            check_finished(out, plan)
+            _tidy(out)
+            sys.stdout.write(f"{out} is finished: {plan.count} images\n")
+            return 0
         _check_space(out, plan)
         with (
-            only_writer(out.with_name(f".{out.name}.lock"), f"--out {out}"),
-            closing((EmbeddingWriter.resume if options.resume else EmbeddingWriter.begin)(out, plan)) as writer,
+            only_writer(_lock_of(out), f"--out {out}"),
+            closing((EmbeddingWriter.resume if resume else EmbeddingWriter.begin)(out, plan)) as writer,
         ):
             return _embed(writer, options, encoder, source, batch_size)
     except OSError as error:
-        goes_on = "; --resume goes on when it can" if begun(out) is not None else ""
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}{goes_on}") from error
+        hint = "; --resume goes on when it can" if begun(out) is not None else ""
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}{hint}") from error
 
 
 def _check_out(out: Path, options: EmbedOptions) -> None:
@@ -99,15 +102,26 @@ def _check_out(out: Path, options: EmbedOptions) -> None:
         raise UserError(f"--out is {options.out}; it must end in .safetensors or .npz")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder")
-    if options.resume and options.overwrite:
-        raise UserError("--resume and --overwrite are both given; give one")
+    if holds_other(out):
+        raise UserError(f"--out {out}: {partial_of(out)} holds something else; give another file")
     if options.resume or options.overwrite:
-        return
+        return  # `goes_on` refuses both
     rows = begun(out)
     if rows is not None:
         raise UserError(f"--out {out} was begun and has {rows} rows; --resume goes on, --overwrite starts anew")
     if out.exists():
         raise UserError(f"--out {out} exists; --overwrite replaces it")
+
+
+def _lock_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.lock")
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a kill left beside a finished file."""
+    if partial_of(out).exists() or _lock_of(out).exists():
+        with only_writer(_lock_of(out), f"--out {out}"):
+            discard(out)
 
 
 def _batch_size(encoder: FrozenEncoder) -> int:
@@ -186,9 +200,9 @@ def _embed(
     """All rows that are missing, and the file; returns the exit status."""
     out, plan, first = writer.out, writer.plan, writer.rows
     shape, device = " x ".join(map(str, plan.row)), encoder.hardware.name
-    goes_on = f", from {first} on" if first else ""
+    below = f", from {first} on" if first else ""
     sys.stdout.write(
-        f"{plan.count} images{goes_on}: {options.features} of layer {plan.about['layer']}, {shape} {plan.dtype} each, "
+        f"{plan.count} images{below}: {options.features} of layer {plan.about['layer']}, {shape} {plan.dtype} each, "
         f"{plan.features_bytes / 1e6:.4g} MB in all; {batch_size} at once in {encoder.precision} on {device}\n"
     )
     began = time.monotonic()

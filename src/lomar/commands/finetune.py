@@ -145,6 +145,7 @@ def _train(
     if trainer.finished:
         display.say(f"the run in {run} is finished: {trainer.progress.step} steps")
         if fabric.broadcast(not (run / EVALUATION_FILE).exists()):  # it was killed before it could say so
+            _draw(fabric, run)
             _conclude(run, settled, evaluation, display)
         return 0
     if trainer.progress.step == 0:
@@ -153,8 +154,7 @@ def _train(
         finished = trainer.run(stop)
     finally:
         trainer.close()
-    if fabric.is_global_zero:
-        learning_curves(Metrics.read(run / "metrics.jsonl"), run / "figures" / "curves.png")
+    _draw(fabric, run)
     if not finished:
         display.say(f"stopped after step {trainer.progress.step}; go on with: lomar finetune --out {run} --resume")
         return 128 + stop.signal_number
@@ -215,6 +215,12 @@ class Evaluation:
         )
         found = judged(classifier, share, classes, settled.input, self.fabric.device, JUDGED_AT_ONCE, workers)
         return joined_judgement(said_by_all(self.fabric, [found]))
+
+
+def _draw(fabric: Fabric, run: Path) -> None:
+    """The curves of all that was learnt so far."""
+    if fabric.is_global_zero:
+        learning_curves(Metrics.read(run / "metrics.jsonl"), run / "figures" / "curves.png")
 
 
 def _conclude(run: Path, settled: SettledFinetuning, evaluation: Evaluation, display: Display) -> None:

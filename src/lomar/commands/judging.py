@@ -153,11 +153,12 @@ def write_judgement(
         ensure_ascii=False,
     )
     written = [folder / EVALUATION_FILE]
-    write_atomically(written[0], lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
     if len(classes) <= MOST_CONFUSABLE:
         written.append(pictures / CONFUSION_FILE)
         caption = f"{len(found.labels)} images, top-1 {found.top1:.1%}. Cells in % of the true class."
         confusion_matrix(found.confusion(), classes, caption, written[1])
+    # Last, since a fine-tuning that is resumed takes it as a sign that all is there.
+    write_atomically(written[0], lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
     return written
 
 

@@ -19,7 +19,7 @@ from lomar.commands.runs import asked_for, goes_on, raise_unless_done
 from lomar.data.opening import open_source
 from lomar.data.preparing import Preparation, Prepared, prepared_images
 from lomar.data.shard_writer import ShardWriter, discard, member_name, more_than_once, without_ending
-from lomar.data.shards import Index, damaged, is_finished, is_unfinished, read_index
+from lomar.data.shards import JOURNAL_FILE, Index, damaged, is_finished, is_unfinished, read_index
 from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 from lomar.options import PrepareOptions, converted, fields_of, flag
@@ -54,7 +54,7 @@ def command(given: Mapping[str, Any]) -> int:
     out = Path(given["out"])
     if asked.get("verify"):
         return _verify(out)
-    resume = goes_on(is_unfinished(out) or is_finished(out), asked)
+    resume = goes_on(_begun(out) or is_finished(out), asked)
     if resume and is_finished(out):
         index = read_index(out, f"--out {out}")
         _check_same(asked, index.settings, out)
@@ -95,6 +95,14 @@ def _resume(out: Path, asked: Mapping[str, Any]) -> int:
         return _write(writer, options, listing)
 
 
+def _begun(out: Path) -> bool:
+    """Whether there is anything to go on from: a kill may have come before the journal's first line was whole."""
+    if not is_unfinished(out):
+        return False
+    with (out / JOURNAL_FILE).open("rb") as journal:
+        return journal.readline().endswith(b"\n") or any(path.name != JOURNAL_FILE for path in out.iterdir())
+
+
 def _check_out(out: Path, asked: Mapping[str, Any]) -> None:
     """Refuse a folder that holds something else, or that nobody asked to replace.
 
@@ -103,7 +111,7 @@ def _check_out(out: Path, asked: Mapping[str, Any]) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; it must be a folder")
-    if is_unfinished(out) and not asked.get("overwrite"):
+    if _begun(out) and not asked.get("overwrite"):
         raise UserError(f"--out {out} was begun and is not finished; --resume goes on, --overwrite starts anew")
     if is_finished(out) and not asked.get("overwrite"):
         raise UserError(f"--out {out} already holds prepared images; --overwrite replaces them")

@@ -22,6 +22,7 @@ from lomar.downstream.embedding_writer import discard
 from lomar.downstream.probe import Columns, head_inputs, parts_of
 from lomar.errors import TrainingError, UserError
 from lomar.training.checkpoint import FOLDER, Checkpoints
+from lomar.training.keeping import Keeper
 from lomar.training.optim import Schedule
 from lomar.training.processes import make_fabric
 from lomar.training.records import LOG_FILE, Display, Metrics, Row
@@ -41,7 +42,6 @@ PROBE_FILES = (
     LOG_FILE,
 )
 EVALUATIONS = 10  # of a probe, evenly spread
-CHECKPOINT_MINUTES = 10.0
 ROWS_AT_ONCE = 50  # of the metrics, written together
 
 
@@ -79,6 +79,7 @@ class _Probe:
         self.display, self.stop = display, stop
         self.metrics = Metrics(folder / METRICS_FILE)
         self.checkpoints = Checkpoints(folder / FOLDER)
+        self.keeper = Keeper(self.metrics, self.checkpoints, self.options.checkpoint_minutes, display.say, folder)
         layers = self.options.layers
         assert layers is not None  # settled
         self.inputs = head_inputs(self.options.features, layers)
@@ -210,7 +211,6 @@ class _Probe:
         schedule = Schedule(peak_lr=learner.peak_lr, warmup_steps=warmup, total_steps=total)
         every = max(1, total // EVALUATIONS)
         rows: list[Row] = []
-        saved = time.monotonic()
         self.display.start(total, self.step)
         while self.step < total:
             row = self._one_step(learner, schedule)
@@ -219,14 +219,12 @@ class _Probe:
                 row |= learner.evaluate()
             rows.append(row)
             self.display.step(row, self.elapsed_s / self.step * (total - self.step))
-            due = finished or stopping or time.monotonic() - saved > 60 * CHECKPOINT_MINUTES
+            due = finished or stopping or self.keeper.due
             if due or len(rows) == ROWS_AT_ONCE:
-                with self._writing():
-                    self.metrics.write(rows)
+                self.keeper.record(rows)
                 rows = []
             if due:
-                self._save(learner)
-                saved = time.monotonic()
+                self._save(learner, needed=finished or stopping)
             if stopping and not finished:
                 return False
         return True
@@ -251,8 +249,8 @@ class _Probe:
             "elapsed_s": round(self.elapsed_s, 3),
         }
 
-    def _save(self, learner: Learner | None = None) -> None:
-        """A checkpoint; the first one is without a learner."""
+    def _save(self, learner: Learner | None = None, needed: bool = True) -> None:
+        """A checkpoint, see `Keeper.save`; the first one is without a learner."""
         state = {
             "fingerprint": self._fingerprint,
             "step": self.step,
@@ -261,7 +259,7 @@ class _Probe:
             "bad": sorted(self.bad),
         }
         with self._writing():
-            self.checkpoints.save(self.step, state | (learner.state() if learner else {}))
+            self.keeper.save(self.step, state | (learner.state() if learner else {}), needed)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lomar.commands.automatic import find_hardware
 from lomar.commands.panels import central_crops
+from lomar.commands.runs import goes_on
 from lomar.commands.tokenizer_settling import Files, SettledTokenizer, files_of, settle, settle_again
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import CropPlan, MicroBatch, SampleKey, pretraining_batches
@@ -29,6 +30,7 @@ from lomar.methods.tokenizer_loss import losses, prepare, temperature, usage_of
 from lomar.methods.views import local_windows
 from lomar.seeding import seeded
 from lomar.training.checkpoint import Checkpoints
+from lomar.training.keeping import Keeper
 from lomar.training.optim import Schedule, adamw
 from lomar.training.records import Display, Metrics, Row
 from lomar.training.signals import StopRequest
@@ -38,7 +40,6 @@ WARMUP_SHARE = 0.05  # of the run
 BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 1e-4  # DALL-E's
 CLIP_GRAD = 1.0
-CHECKPOINT_MINUTES = 10.0
 EVALUATIONS = 5  # of a run, on the same images
 DRAWN_IMAGES = 8
 
@@ -49,14 +50,11 @@ def command(given: Mapping[str, Any]) -> int:
     if launched().count > 1:
         raise UserError("a tokenizer trains in one process; start it without torchrun")
     files = files_of(asked)
-    resume = bool(asked.get("resume"))
-    if resume and asked.get("overwrite"):
-        raise UserError("--resume and --overwrite are both given; give one")
-    if resume and files.finished:
-        Display(1).say(f"{files.tokenizer} is finished")
-        return 0
-    settled = (settle_again if resume else settle)(asked, files)
+    resume = goes_on(files.begun or files.tokenizer.exists(), asked)
     try:
+        if resume and files.tokenizer.exists():
+            return _finished(files)
+        settled = (settle_again if resume else settle)(asked, files)
         with (
             only_writer(files.lock, f"--out {files.tokenizer}"),
             Display(settled.options.log_every) as display,
@@ -64,8 +62,23 @@ def command(given: Mapping[str, Any]) -> int:
         ):
             return _train(settled, files, display, stop)
     except OSError as error:
-        goes_on = "; --resume goes on when it can" if Checkpoints(files.partial).steps() else ""
-        raise UserError(f"--out {files.tokenizer} cannot be written: {error.strerror or error}{goes_on}") from error
+        hint = "; --resume goes on when it can" if Checkpoints(files.partial).steps() else ""
+        raise UserError(f"--out {files.tokenizer} cannot be written: {error.strerror or error}{hint}") from error
+
+
+def _finished(files: Files) -> int:
+    """Say so. The tokenizer is written last; what a kill then left beside it goes now."""
+    if files.partial.exists() or files.lock.exists():
+        with only_writer(files.lock, f"--out {files.tokenizer}"):
+            _clear(files)
+    Display(1).say(f"{files.tokenizer} is finished")
+    return 0
+
+
+def _clear(files: Files) -> None:
+    """Remove the checkpoints."""
+    if files.partial.is_dir():
+        shutil.rmtree(files.partial)
 
 
 def _train(settled: SettledTokenizer, files: Files, display: Display, stop: StopRequest) -> int:
@@ -107,7 +120,8 @@ class _Training:
         self.optimizer = adamw(self.dvae, WEIGHT_DECAY, BETAS)
         warmup = WARMUP_SHARE * options.max_steps
         self.schedule = Schedule(peak_lr=options.lr, warmup_steps=warmup, total_steps=options.max_steps)
-        self.metrics = Metrics(files.metrics)
+        metrics, checkpoints = Metrics(files.metrics), Checkpoints(files.partial)
+        self.keeper = Keeper(metrics, checkpoints, options.checkpoint_minutes, display.say, files.tokenizer)
         self.step = 0
         self.elapsed_s = 0.0
         self.evaluated: Row = {}  # by the last evaluation
@@ -123,15 +137,10 @@ class _Training:
         if self.checkpoint:
             self._restore(self.checkpoint)
             return
-        self._clear()
+        _clear(self.files)
         for path in self.files.all():
             path.unlink(missing_ok=True)
         self.save()
-
-    def _clear(self) -> None:
-        """Remove the checkpoints."""
-        if self.files.partial.is_dir():
-            shutil.rmtree(self.files.partial)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         try:
@@ -142,8 +151,8 @@ class _Training:
             raise UserError(f"{self.files.partial} is not what lomar tokenizer train leaves behind") from error
         Metrics.cut(self.files.metrics, after_step=self.step)
 
-    def save(self) -> None:
-        """Write the checkpoint."""
+    def save(self, needed: bool = True) -> None:
+        """Write the checkpoint; see `Keeper.save`."""
         about_this_call = ("resume", "overwrite", "out")
         options = {name: value for name, value in asdict(self.options).items() if name not in about_this_call}
         state = {
@@ -155,7 +164,7 @@ class _Training:
             "elapsed_s": self.elapsed_s,
             "evaluated": self.evaluated,
         }
-        Checkpoints(self.files.partial).save(self.step, state)
+        self.keeper.save(self.step, state, needed)
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the end, or until `stop` asks; True when finished.
@@ -165,7 +174,6 @@ class _Training:
         """
         total = self.options.max_steps
         evaluate_every = max(1, total // EVALUATIONS)
-        saved = time.monotonic()
         self.display.start(total, self.step)
         with closing(self._batches()) as batches:
             while self.step < total:
@@ -174,12 +182,12 @@ class _Training:
                 if finished or self.step % evaluate_every == 0:
                     self.evaluated = self._evaluate()
                     row |= self.evaluated
-                self.metrics.write([row])
+                self.keeper.record([row])
                 self.display.step(row, self.elapsed_s / self.step * (total - self.step))
-                if finished or stop.signal_number or time.monotonic() - saved > 60 * CHECKPOINT_MINUTES:
-                    self.save()
-                    saved = time.monotonic()
-                if stop.signal_number and not finished:
+                stopping = stop.signal_number > 0
+                if finished or stopping or self.keeper.due:
+                    self.save(needed=finished or stopping)
+                if stopping and not finished:
                     return False
         return True
 
@@ -292,7 +300,7 @@ class _Training:
         picture = tokens_figure(self.dvae.unit(pixels).cpu().numpy(), decoded.cpu().numpy(), caption)
         save_png(picture, self.files.picture)
         save_tokenizer(self.files.tokenizer, self.dvae)
-        self._clear()
+        _clear(self.files)
         self.display.say(
             f"the tokenizer is in {self.files.tokenizer}, what it keeps in {self.files.picture}; to use it:\n"
             f"    lomar pretrain --method beit --tokenizer {self.files.tokenizer} --data {self.options.data} --out run"

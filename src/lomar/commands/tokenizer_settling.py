@@ -52,9 +52,15 @@ class Files:
         return self.tokenizer, self.partial, self.metrics, self.picture
 
     @property
-    def finished(self) -> bool:
-        """Whether the tokenizer is there and nothing is left to do."""
-        return self.tokenizer.exists() and not self.partial.exists()
+    def begun(self) -> bool:
+        """Whether something is in the folder of checkpoints; not where a kill came before the first was whole."""
+        if not self.partial.is_dir():
+            return self.partial.exists()
+        return any(path.suffix != ".tmp" for path in self.partial.iterdir())
+
+    def in_the_way(self) -> list[Path]:
+        """What a new tokenizer would replace."""
+        return [path for path in self.all() if path.exists() and (path != self.partial or self.begun)]
 
 
 @dataclass
@@ -96,7 +102,7 @@ def settle(asked: Mapping[str, Any], files: Files) -> SettledTokenizer:
     """
     if "data" not in asked:
         raise UserError("--data is missing: a folder of images, a .txt file of paths, or 'sample'")
-    there = [path for path in files.all() if path.exists()]
+    there = files.in_the_way()
     if there and not asked.get("overwrite"):
         begun = "--resume goes on with it, " if files.partial in there else ""
         raise UserError(f"--out: {there[0]} already exists; {begun}--overwrite deletes it")

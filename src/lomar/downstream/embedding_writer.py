@@ -26,6 +26,8 @@ from lomar.files import write_atomically
 ENDINGS = (".safetensors", ".npz")
 KEEP_EVERY_S = 5.0  # at most so many seconds of work are lost when the process is killed
 LARGEST_TEXT = 2**30  # bytes of a text array of paths in .npz; above, they are written as bytes
+_ARCHIVE = "embedding.npz"  # while it is made
+_MADE = ("rows", STATE_FILE, f".{STATE_FILE}.tmp", _ARCHIVE)  # all that the folder of an unfinished one may hold
 _CHUNK = 2**22  # bytes copied at once
 _NAMES = ("model", "root")  # in the metadata, of what digests tell as well
 _DTYPES = {"float32": "F32", "float16": "F16"}
@@ -138,7 +140,7 @@ class _Npz:
     def complete(self, rows: Path) -> Path:
         """The finished file, made from that of the rows."""
         plan = self._plan
-        whole = rows.with_name("embedding.npz")
+        whole = rows.with_name(_ARCHIVE)
         with zipfile.ZipFile(whole, "w") as archive, rows.open("rb") as file:
             shape = (plan.count, *plan.row)
             _store(archive, "features", np.dtype(plan.dtype), shape, _pieces(file, plan.features_bytes))
@@ -298,6 +300,11 @@ def discard(out: Path) -> None:
     """Delete what was begun and not finished."""
     if partial_of(out).exists():
         shutil.rmtree(partial_of(out))
+
+
+def holds_other(out: Path) -> bool:
+    """Whether something else is in the folder in which an embedding is made, as the checkpoints of a tokenizer."""
+    return any(path.name not in _MADE for path in partial_of(out).glob("*"))
 
 
 def bytes_needed(out: Path, plan: Plan) -> int:

@@ -200,7 +200,11 @@ class ProbeOptions:
         results=False,
     )
     out: str = option("folder of the probe, made here", metavar="DIR", results=False)
-    resume: bool = option("go on with the probe in --out; needs no other option", default=False, results=False)
+    resume: bool = option(
+        "go on with the probe in --out, with no other option; begin it if there is none and --data is given",
+        default=False,
+        results=False,
+    )
     overwrite: bool = option("delete the probe in --out and start anew", default=False, results=False)
     protocol: str = option(
         "fast: features once, then a sweep of rates, layers and pooling judged on a held-out tenth of train; "
@@ -244,6 +248,9 @@ class ProbeOptions:
     )
     device: str = option("where to compute", default="auto", choices=DEVICES, metavar="NAME", results=False)
     precision: str = option("precision of the encoder", default="auto", choices=PRECISIONS, metavar="NAME")
+    checkpoint_minutes: float = option(
+        "minutes between checkpoints", default=10.0, above=0, metavar="MIN", results=False
+    )
     log_every: int = option("steps between two plain progress lines", default=50, low=1, metavar="N", results=False)
 
 
@@ -265,7 +272,7 @@ class EmbedOptions:
     )
     image_size: tuple[int, ...] | None = option(IMAGE_SIZE, default=None, auto="the model's", low=1, metavar="PX")
     dtype: str = option("type of the numbers", default="float32", choices=("float32", "float16"), metavar="NAME")
-    resume: bool = option("go on with what was begun in --out", default=False)
+    resume: bool = option("go on with what was begun in --out; begin it if nothing was", default=False)
     overwrite: bool = option("replace what is in --out, or was begun there", default=False)
     batch_size: int | None = option(
         "images at once", default=None, auto="64, fewer where each has many patches", low=1, metavar="N"

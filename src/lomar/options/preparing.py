@@ -11,7 +11,11 @@ class PrepareOptions:
 
     data: str = option(ANY_IMAGES, metavar="DIR")
     out: str = option("folder to write, which every command takes as --data", metavar="DIR2", results=False)
-    resume: bool = option("go on with what was begun in --out; needs no other option", default=False, results=False)
+    resume: bool = option(
+        "go on with what was begun in --out, with no other option; begin it if nothing was and --data is given",
+        default=False,
+        results=False,
+    )
     overwrite: bool = option("replace what is prepared in --out, or was begun there", default=False, results=False)
     verify: bool = option("check what is in --out against its check sums, and end", default=False, results=False)
     short_side: int = option(

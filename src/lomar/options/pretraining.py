@@ -221,7 +221,11 @@ class TokenizerOptions:
         metavar="FILE.safetensors",
         results=False,
     )
-    resume: bool = option("go on with what was begun in --out; needs no other option", default=False, results=False)
+    resume: bool = option(
+        "go on with what was begun in --out, with no other option; begin it if nothing was and --data is given",
+        default=False,
+        results=False,
+    )
     overwrite: bool = option("delete what is in --out and start anew", default=False, results=False)
     # The tokenizer
     vocab: int = option("number of tokens", auto=AUTO, low=2, high=MOST_BATCH, metavar="N")
@@ -251,6 +255,9 @@ class TokenizerOptions:
     # How fast, how watched: another value leads to the same tokenizer
     workers: int = option("processes that read images", auto=AUTO, low=0, high=MOST_WORKERS, metavar="W", results=False)
     device: str = option("where to compute", auto=AUTO, choices=("auto", "cpu", "cuda"), metavar="NAME", results=False)
+    checkpoint_minutes: float = option(
+        "minutes between checkpoints", default=10.0, above=0, metavar="MIN", results=False
+    )
     log_every: int = option("steps between two plain progress lines", default=10, low=1, metavar="N", results=False)
     max_bad_share: float = option(
         "share of unreadable images from which to refuse", default=0.25, low=0, high=1, metavar="S", results=False

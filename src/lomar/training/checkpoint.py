@@ -61,6 +61,8 @@ class Checkpoints:
         kept = [each for each in steps if each <= step][:KEPT]  # later ones are of a run that went back
         for each in set(steps) - set(kept):
             self.path(each).unlink(missing_ok=True)
+        for left in self.folder.glob(".step-*.pt.tmp"):  # by a kill, of a step that may not be saved again
+            left.unlink(missing_ok=True)
 
     def load(self, warn: Callable[[str], object] = lambda text: None) -> tuple[int, dict[str, Any]] | None:
         """Step and state of the last whole one, on the CPU; None where there is none at all.
@@ -106,11 +108,21 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         digesting = _Digesting(file)
         try:
             torch.save(state, digesting)  # type: ignore[arg-type]  # all that it does is write
-        except RuntimeError as error:  # so torch's own writer tells of a full disk
-            raise digesting.failure or OSError(str(error).splitlines()[0]) from error
+        except RuntimeError as error:  # so torch's own writer tells of a full disk, and of Ctrl-C
+            raise _reason(error) from error
+        finally:
+            digesting.file = None
         file.write(_SEAL + digesting.digest.hexdigest().encode() + b"\n")
     if not _is_whole(path):
         raise OSError(f"{path} does not read back as it was written")
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What stopped torch's writer, which then fails with an error of its own."""
+    cause = error.__context__
+    while cause and not isinstance(cause, OSError | KeyboardInterrupt):
+        cause = cause.__context__
+    return cause or OSError(str(error).splitlines()[0])
 
 
 def _read(path: Path, checked: bool = True) -> dict[str, Any]:
@@ -138,22 +150,19 @@ def _is_whole(path: Path) -> bool:
 
 
 class _Digesting(io.RawIOBase):
-    """A file that is written from beginning to end; the SHA-256 of what was written, and what went wrong."""
+    """A file that is written from beginning to end, and the SHA-256 of what was written."""
 
     def __init__(self, file: Any) -> None:
         super().__init__()
-        self.file = file
+        self.file = file  # None once it is let go of
         self.digest = hashlib.sha256()
-        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        try:
+        # torch's writer that was interrupted writes once more when it is freed, and an error would end the process.
+        if self.file is not None:
+            self.digest.update(data)
             self.file.write(data)
-        except OSError as error:
-            self.failure = error  # torch puts an error of its own in its place
-            raise
         return len(data)
