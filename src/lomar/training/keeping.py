@@ -53,7 +53,7 @@ class Keeper:
             self._warned = True
 
     def save(self, step: int, state: dict[str, Any], needed: bool = True) -> None:
-        """Write a checkpoint after the rows that wait.
+        """Write a checkpoint, see `write`.
 
         Args:
             step: updates done.
@@ -63,21 +63,45 @@ class Keeper:
         Raises:
             OSError: it is needed and cannot be written. Those before it stay.
         """
+        failure = None
         try:
-            self._write_rows()
-            if self.metrics.path.exists():
-                flush_to_disk(self.metrics.path)  # a power cut must not leave a checkpoint without the rows before it
-            self.checkpoints.save(step, state)
+            self.write(step, state)
         except OSError as error:
             if needed:
                 raise
-            self._next_save = time.monotonic() + RETRY_SECONDS
-            self._say(
-                f"warning: the checkpoint of step {step} cannot be written to {self._place}: {why(error)}; "
-                f"training goes on, and tries to write it again in {RETRY_SECONDS} s"
-            )
-            return
-        self._next_save = time.monotonic() + 60 * self._minutes
+            failure = self.failed(step, error)
+        self.settle(failure)
+
+    def write(self, step: int, state: dict[str, Any], export: Callable[[], object] = lambda: None) -> None:
+        """Write the rows that wait, then what `export` makes, then the checkpoint.
+
+        Args:
+            step: updates done.
+            state: tensors and plain values.
+            export: writes files of the same step: a run that is killed after it makes them again.
+
+        Raises:
+            OSError: one of them cannot be written.
+        """
+        self._write_rows()
+        if self.metrics.path.exists():
+            flush_to_disk(self.metrics.path)  # a power cut must not leave a checkpoint without the rows before it
+        export()
+        self.checkpoints.save(step, state)
+
+    def failed(self, step: int, error: OSError) -> str:
+        """That a checkpoint could not be written, and why."""
+        return f"the checkpoint of step {step} cannot be written to {self._place}: {why(error)}"
+
+    def settle(self, failure: str | None) -> None:
+        """When the next one is due; what is said of one that failed."""
+        self._next_save = time.monotonic() + (RETRY_SECONDS if failure else 60 * self._minutes)
+        if failure:
+            self._say(f"warning: {failure}; training goes on, and tries to write it again in {RETRY_SECONDS} s")
+
+    def forget(self) -> None:
+        """Drop the rows that wait: the run goes back behind them."""
+        self._waiting = []
 
     def _write_rows(self) -> None:
         self.metrics.write(self._waiting)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lomar.data.loader import MicroBatch
 from lomar.errors import TrainingError, UserError
-from lomar.files import flush_to_disk
 from lomar.training.bad_files import BadFiles
 from lomar.training.checkpoint import FOLDER, Checkpoints
+from lomar.training.keeping import Keeper, why
 from lomar.training.memory import keep_freed_memory
 from lomar.training.optim import Schedule, StepSchedule
 from lomar.training.processes import first_alone, said_by_all
@@ -28,7 +28,6 @@ from lomar.training.step import Step, on_device
 # Rows wait this many steps at most: one look at the device for several steps, and little to lose.
 BUFFERED_STEPS = 10
 LOOK_SECONDS = 5  # of several GPUs: how late a signal may be answered, if steps are shorter than that
-RETRY_SECONDS = 60  # after a checkpoint that could not be written
 EVALUATION_SHARE = 0.1  # of the run's time, unless an interval is asked for
 
 
@@ -141,14 +140,13 @@ class Trainer:
         self.progress = Progress()
         self.finished = False
         self.metrics = Metrics(run / "metrics.jsonl")
+        self.keeper = Keeper(self.metrics, self.checkpoints, course.checkpoint_minutes, display.say, run)
         self.tensorboard: TensorBoard | None = None  # opened by `restore`, which knows from where it counts
         self.bad_files = BadFiles(run / "bad_files.txt")
         self._bad: list[tuple[str, str]] = []  # found here, and not yet told to the other processes
-        self._unwritten: list[Row] = []  # for which the disk had no room
         self._warned: set[str] = set()
         self._buffer: list[tuple[Row, Tensor, Tensor, list[str]]] = []
         self._evaluation_s = 0.0  # the last one
-        self._next_save = 0.0
         self._looked, self._last_look, self._next_look = time.monotonic(), 0, 0
         self._last_flush = time.monotonic()  # moved on by what is not training, so that throughput is training's
 
@@ -172,28 +170,20 @@ class Trainer:
             state["average"] = self.average.module.state_dict()
         failure = self.fabric.broadcast(self._written(state) if self.fabric.is_global_zero else None)
         self._last_flush += time.monotonic() - began
-        self._next_save = time.monotonic() + (RETRY_SECONDS if failure else 60 * self.course.checkpoint_minutes)
         if failure and needed:
             raise TrainingError(
                 f"{failure}; the checkpoint before it is kept, and --resume goes on from there when there is room",
                 shared=True,
             )
-        if failure:
-            self.display.say(f"warning: {failure}; training goes on, and tries to write it again in {RETRY_SECONDS} s")
+        self.keeper.settle(failure)
         return failure is None
 
     def _written(self, state: dict[str, Any]) -> str | None:
         """Why a checkpoint could not be written; None if it is."""
         try:
-            self.metrics.write(self._unwritten)
-            self._unwritten = []
-            if self.metrics.path.exists():
-                flush_to_disk(self.metrics.path)  # a power cut must not leave a checkpoint without the rows before it
-            # Before the checkpoint: a run that was killed here then makes these files again.
-            self.export()
-            self.checkpoints.save(self.progress.step, state)
+            self.keeper.write(self.progress.step, state, self.export)
         except OSError as error:
-            return f"the checkpoint of step {self.progress.step} cannot be written to {self.run_folder}: {_why(error)}"
+            return self.keeper.failed(self.progress.step, error)
         return None
 
     def restore(self) -> None:
@@ -228,7 +218,7 @@ class Trainer:
                     f"the checkpoints in {self.checkpoints.folder} do not fit this run's configuration", shared=True
                 ) from error
         self._buffer.clear()
-        self._unwritten = []
+        self.keeper.forget()
         if self.fabric.is_global_zero:
             Metrics.cut(self.metrics.path, after_step=self.progress.step)
             self.close()
@@ -256,7 +246,7 @@ class Trainer:
         """Tell of something that is not needed and cannot be written, once."""
         if what not in self._warned:
             self._warned.add(what)
-            self.display.say(f"warning: {what} of {self.run_folder} cannot be written: {_why(error)}; training goes on")
+            self.display.say(f"warning: {what} of {self.run_folder} cannot be written: {why(error)}; training goes on")
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the end, or until `stop` asks; True when finished.
@@ -288,7 +278,7 @@ class Trainer:
     def _learn(self, batches: Iterator[MicroBatch], stop: StopRequest) -> bool:
         course, progress = self.course, self.progress
         began = self._last_flush = self._looked = time.monotonic()
-        self._next_save = began + 60 * course.checkpoint_minutes
+        self.keeper.settle(None)
         self._last_look = self._next_look = progress.step
         elapsed_before = progress.elapsed_s
         self.training_step.train()
@@ -300,7 +290,7 @@ class Trainer:
             self.finished = finished = progress.step == course.total_steps
             stopping = by_time = False
             if self._looks_up() or finished:
-                wishes = (stop.signal_number > 0, time.monotonic() > self._next_save, bool(self._bad))
+                wishes = (stop.signal_number > 0, self.keeper.due, bool(self._bad))
                 stopping, by_time, bad = self._any(wishes)
                 if bad:
                     self._tell_bad()
@@ -382,15 +372,10 @@ class Trainer:
             self._record([{"step": 0, "epoch": 0.0, "elapsed_s": 0.0, **numbers}])
 
     def _record(self, rows: list[Row]) -> None:
-        """Rows into the files. Those for which there is no room wait, and no checkpoint passes them by."""
+        """Rows into the files."""
         if not (rows and self.fabric.is_global_zero):
             return
-        self._unwritten += rows
-        try:
-            self.metrics.write(self._unwritten)
-            self._unwritten = []
-        except OSError as error:
-            self._warn("metrics.jsonl", error)
+        self.keeper.record(rows)
         try:
             if self.tensorboard:
                 self.tensorboard.write(rows)
@@ -461,7 +446,3 @@ class Trainer:
 
     def _eta_s(self, row: Row) -> float:
         return row["elapsed_s"] / row["step"] * (self.course.total_steps - row["step"])
-
-
-def _why(error: OSError) -> str:
-    return error.strerror or str(error)
