@@ -141,6 +141,17 @@ def test_masks_are_cut_out_by_their_box() -> None:
     assert torch.equal(half, (torch.arange(28) >= 14).float().expand(28, 28))
 
 
+def test_masks_are_cut_out_alike_however_many_there_are() -> None:
+    """A few at a time: each box holds its own mask."""
+    masks = torch.zeros(40, 32, 32, dtype=torch.uint8)
+    for number in range(40):
+        masks[number, :, : number % 28 + 4] = 1
+    index = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    found = cut_masks(masks, torch.tensor([[0.0, 0.0, 32.0, 32.0]]).expand(40, 4), index)
+    wanted = [round((int(number) % 28 + 4) / 32 * 28) for number in index]
+    assert all(abs(int(mask[0].sum()) - columns) <= 1 for mask, columns in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("cascade", [False, True])
 def test_a_step_reaches_every_weight(framework: str, cascade: bool) -> None:

@@ -19,6 +19,7 @@ from lomar.detection.proposals import Sampler
 POSITIVE_SHARE = 0.25
 BOX_PX, MASK_PX = 7, 14  # side of what is pooled from the maps
 MASK_OUT = 28  # side of a predicted mask
+_MASKS_AT_ONCE = 16
 SCORE, NMS, MOST = 0.05, 0.5, 100  # of a detection at least; overlap at most; detections of an image
 # Overlap with an object from which a region is one, and what its deltas are multiplied by: of one stage, and of three.
 PLAIN = ((0.5, (10.0, 10.0, 5.0, 5.0)),)
@@ -336,11 +337,17 @@ def cut_masks(masks: Tensor | None, boxes: Tensor, index: Tensor) -> Tensor:
         boxes: (n, 4).
         index: int64 (n,), whose mask each is to hold.
     """
-    if masks is None or not len(boxes):
-        return boxes.new_zeros(0, MASK_OUT, MASK_OUT)
-    regions = torch.cat([index[:, None].to(boxes), boxes], dim=1)
-    cut = roi_align(masks[:, None].to(boxes.dtype), regions, MASK_OUT, 1.0, sampling_ratio=0, aligned=True)
-    return (cut[:, 0] >= 0.5).to(boxes.dtype)
+    cut = boxes.new_zeros(len(boxes), MASK_OUT, MASK_OUT)
+    if masks is None:
+        return cut
+    used, place = index.unique(return_inverse=True)
+    for start in range(0, len(used), _MASKS_AT_ONCE):  # as float32 all of them may be gigabytes
+        some = masks[used[start : start + _MASKS_AT_ONCE]]
+        (own,) = torch.where((place >= start) & (place < start + len(some)))
+        regions = torch.cat([(place[own] - start)[:, None].to(boxes), boxes[own]], dim=1)
+        found = roi_align(some[:, None].to(boxes.dtype), regions, MASK_OUT, 1.0, sampling_ratio=0, aligned=True)
+        cut[own] = (found[:, 0] >= 0.5).to(boxes.dtype)
+    return cut
 
 
 def _has_area(boxes: Tensor) -> Tensor:
