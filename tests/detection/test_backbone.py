@@ -147,6 +147,22 @@ def test_long_sequences_are_worked_out_in_parts_and_give_the_same(
         torch.testing.assert_close(a, b)
 
 
+def test_without_kernels_a_gpu_keeps_no_weights_of_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = filled(GridAttention(48, 3, (6, 6), contextual=True).double())
+    relation = attention.relate(grid_coordinates(6, 6)[None], (6, 6))
+    monkeypatch.setattr("lomar.detection.attention.backend_for", lambda q, tokens: "products")
+    monkeypatch.setattr("lomar.detection.attention.KEPT_TOKENS", 8)
+    kept: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() if tensor.is_floating_point() else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        attention(4 * filler(2, 36, 48, j=5), relation)
+    assert max(kept) < 2 * 3 * 36 * 36
+
+
 def test_folded_into_the_product_a_decomposed_position_is_the_same() -> None:
     attention = filled(GridAttention(48, 3, (5, 7), decomposed=True).double())
     relation = attention.relate(grid_coordinates(5, 7)[None], (5, 7))

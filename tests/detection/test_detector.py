@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from lomar.detection.cells import NormalCell
@@ -220,6 +220,67 @@ def test_a_cascade_refines_boxes_stage_by_stage() -> None:
     maps = {f"p{level}": torch.zeros(1, 8, 64 // 2**level, 64 // 2**level) for level in range(2, 6)}
     (found,) = regions.detect(maps, [torch.tensor([[10.0, 10.0, 20.0, 20.0]])], [(64, 64)])
     torch.testing.assert_close(found.boxes[0], torch.tensor([13.0, 10.0, 23.0, 20.0]))
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_regions_of_nothing_stay_that_when_not_all_objects_are_drawn(framework: str) -> None:
+    """Six objects, of which four are drawn: none of the twelve regions far from all is taken for another's best."""
+    regions = Regions(8, STRIDES[:4], 2, FRAMEWORKS[framework], masks=False, sampled=16)
+    regions.sampler.seeds = (1,)
+    corners = torch.cartesian_prod(torch.arange(3.0), torch.arange(2.0)) * 60
+    target = Target(torch.cat([corners, corners + 20], dim=1), torch.arange(6) % 2, None)
+    far = 200 + torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) * 15
+    seen: list[Tensor] = []
+
+    def note(logits: Tensor, deltas: Tensor, boxes: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+        seen.extend((box_iou(boxes, target.boxes).amax(dim=1), labels))
+        return logits.sum()
+
+    regions._stages()[0].loss = note  # type: ignore[method-assign]
+    maps = {f"p{level}": torch.zeros(1, 8, 256 // 2**level, 256 // 2**level) for level in range(2, 6)}
+    regions.losses(maps, [torch.cat([far, far + 10], dim=1)], [(256, 256)], [target])
+    overlaps, labels = seen
+    assert overlaps.sort().values.tolist() == [0.0] * 12 + [1.0] * 4
+    assert torch.equal(labels < 2, overlaps == 1)
+
+
+def test_the_masks_of_objects_that_no_region_holds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an image of thousands of objects they would be gigabytes."""
+    from lomar.detection import regions as module
+
+    made: list[int] = []
+
+    def counted(masks: Tensor, *rest: Any, **named: Any) -> Tensor:
+        made.append(len(masks))
+        return roi_align(masks, *rest, **named)
+
+    monkeypatch.setattr(module, "roi_align", counted)
+    mask = torch.zeros(50, 16, 16, dtype=torch.uint8)
+    mask[7], mask[31, :8] = 1, 1
+    boxes = torch.tensor([[0.0, 0.0, 16.0, 16.0]] * 3)
+    cut = cut_masks(mask, boxes, torch.tensor([31, 7, 31]))
+    assert made == [2] and cut.mean(dim=(1, 2)).tolist() == [0.5, 1.0, 0.5]
+
+
+def test_anchors_are_not_rounded_to_bfloat16() -> None:
+    """In which a CPU's autocast leaves the maps."""
+    images = ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)])
+    maps = [torch.zeros(1, 8, 16 // 2**i, 16 // 2**i) for i in range(5)]
+    assert torch.equal(
+        Anchors(STRIDES)(images, [each.bfloat16() for each in maps])[0], Anchors(STRIDES)(images, maps)[0]
+    )
+
+
+def test_checkpointing_does_not_change_what_batch_norms_count() -> None:
+    """A cell's second pass is of a batch that was counted."""
+    counted = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        detector = Detector(plan(framework="vitae", cells=True))
+        detector.backbone.grad_checkpointing = checkpointing
+        detector(**inputs())[0].backward()
+        counted.append({name: buffer for name, buffer in detector.named_buffers() if "running" in name})
+    assert len(counted[0]) == 4 and all(torch.equal(counted[0][name], counted[1][name]) for name in counted[0])
 
 
 def test_a_detector_comes_back_from_its_file(tmp_path: Path) -> None:
