@@ -13,6 +13,9 @@ from PIL import Image
 
 from lomar.commands.automatic import Hardware
 from lomar.commands.detect_automatic import choose_detection
+from lomar.commands.detecting import _found
+from lomar.detection.judging import Judgement, Precision
+from lomar.detection.regions import Detected
 from lomar.interop.detectors import load_detector
 
 Command = Callable[..., Any]  # its outcome: status, out, err
@@ -131,6 +134,36 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
     again = lomar("detect --resume --out", tmp_path / "run")
     assert again.status == 0 and "is finished: 4 steps" in again.out
+
+
+def test_the_detector_of_the_best_evaluation_is_kept(
+    detect: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lomar.commands.detect import Evaluation
+
+    seen: list[torch.Tensor] = []
+
+    def judge(self: Evaluation, detector: Any) -> Judgement:
+        seen.append(detector.regions.stages[0].classifier.weight.detach().clone())
+        ap = (0.1, 0.3, 0.2, 0.3)[len(seen) - 1]
+        precision = Precision(ap, ap, ap, ap, ap, ap, ap, (ap, ap))
+        return Judgement({"box": precision, "mask": precision}, ("red", "blue"), (2, 2), 2, 0)
+
+    monkeypatch.setattr(Evaluation, "judge", judge)
+    done = detect(tmp_path / "run", "--max-steps 3 --eval-every 0.5 --lr 0.01 --warmup-steps 0")
+    assert done.status == 0, done.err
+    assert len(seen) == 4 and torch.equal(seen[3], seen[1]) and not torch.equal(seen[1], seen[2])
+    kept: Any = load_detector(tmp_path / "run")
+    last: Any = load_detector(tmp_path / "run" / "detector-last.safetensors")
+    assert torch.equal(kept.regions.stages[0].classifier.weight, seen[1])
+    assert torch.equal(last.regions.stages[0].classifier.weight, seen[2])
+
+
+def test_what_is_found_is_told_in_the_pixels_of_the_file() -> None:
+    """Both sides have a scale of their own, since a resized image has whole pixels: 3 x 100 became 2 x 64."""
+    answer = Detected(torch.tensor([[32.0, 1.0, 64.0, 2.0]]), torch.ones(1), torch.zeros(1, dtype=torch.int64), None)
+    found = _found(answer, torch.tensor([2, 64]), torch.tensor([3, 100]))
+    assert found.boxes.tolist() == [[50.0, 1.5, 100.0, 3.0]]
 
 
 def test_boxes_alone_make_a_detector_without_masks(lomar: Command, miniature: None, tmp_path: Path) -> None:
