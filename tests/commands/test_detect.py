@@ -166,6 +166,16 @@ def test_what_is_found_is_told_in_the_pixels_of_the_file() -> None:
     assert found.boxes.tolist() == [[50.0, 1.5, 100.0, 3.0]]
 
 
+def test_images_that_judge_and_cannot_be_read_are_told(detect: Command, shapes: Path, tmp_path: Path) -> None:
+    """Their objects would lower the numbers without a word."""
+    told = coco(tmp_path / "val", 3, 21)
+    (tmp_path / "val" / "told.json").write_text(json.dumps(told))
+    (tmp_path / "val" / "22.png").write_bytes(b"none")
+    done = detect(tmp_path / "run", "--max-steps 1 --val", tmp_path / "val" / "told.json")
+    assert done.status == 0, done.err
+    assert "1 of 3 images could not be read: their objects count as not found" in done.out
+
+
 def test_boxes_alone_make_a_detector_without_masks(lomar: Command, miniature: None, tmp_path: Path) -> None:
     """From random weights, from one .json beside its images: a fifth of them judges."""
     told = coco(tmp_path / "data", 6, 1, masks=False)
