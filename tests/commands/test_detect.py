@@ -14,6 +14,9 @@ from shapes import SETTINGS, coco, coco_layout
 
 from lomar.commands.automatic import Hardware
 from lomar.commands.detect_automatic import choose_detection
+from lomar.commands.detecting import _found
+from lomar.detection.judging import Judgement, Precision
+from lomar.detection.regions import Detected
 from lomar.interop.detectors import load_detector
 
 Command = Callable[..., Any]  # its outcome: status, out, err
@@ -91,6 +94,46 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert again.status == 0 and "is finished: 4 steps" in again.out
 
 
+def test_the_detector_of_the_best_evaluation_is_kept(
+    detect: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lomar.commands.detect import Evaluation
+
+    seen: list[torch.Tensor] = []
+
+    def judge(self: Evaluation, detector: Any) -> Judgement:
+        seen.append(detector.regions.stages[0].classifier.weight.detach().clone())
+        ap = (0.1, 0.3, 0.2, 0.3)[len(seen) - 1]
+        precision = Precision(ap, ap, ap, ap, ap, ap, ap, (ap, ap))
+        return Judgement({"box": precision, "mask": precision}, ("red", "blue"), (2, 2), 2, 0)
+
+    monkeypatch.setattr(Evaluation, "judge", judge)
+    done = detect(tmp_path / "run", "--max-steps 3 --eval-every 0.5 --lr 0.01 --warmup-steps 0")
+    assert done.status == 0, done.err
+    assert len(seen) == 4 and torch.equal(seen[3], seen[1]) and not torch.equal(seen[1], seen[2])
+    kept: Any = load_detector(tmp_path / "run")
+    last: Any = load_detector(tmp_path / "run" / "detector-last.safetensors")
+    assert torch.equal(kept.regions.stages[0].classifier.weight, seen[1])
+    assert torch.equal(last.regions.stages[0].classifier.weight, seen[2])
+
+
+def test_what_is_found_is_told_in_the_pixels_of_the_file() -> None:
+    """Both sides have a scale of their own, since a resized image has whole pixels: 3 x 100 became 2 x 64."""
+    answer = Detected(torch.tensor([[32.0, 1.0, 64.0, 2.0]]), torch.ones(1), torch.zeros(1, dtype=torch.int64), None)
+    found = _found(answer, torch.tensor([2, 64]), torch.tensor([3, 100]))
+    assert found.boxes.tolist() == [[50.0, 1.5, 100.0, 3.0]]
+
+
+def test_images_that_judge_and_cannot_be_read_are_told(detect: Command, shapes: Path, tmp_path: Path) -> None:
+    """Their objects would lower the numbers without a word."""
+    told = coco(tmp_path / "val", 3, 21)
+    (tmp_path / "val" / "told.json").write_text(json.dumps(told))
+    (tmp_path / "val" / "22.png").write_bytes(b"none")
+    done = detect(tmp_path / "run", "--max-steps 1 --val", tmp_path / "val" / "told.json")
+    assert done.status == 0, done.err
+    assert "1 of 3 images could not be read: their objects count as not found" in done.out
+
+
 def test_boxes_alone_make_a_detector_without_masks(lomar: Command, miniature: None, tmp_path: Path) -> None:
     """From random weights, from one .json beside its images: a fifth of them judges."""
     told = coco(tmp_path / "data", 6, 1, masks=False)
@@ -147,6 +190,59 @@ def test_it_is_judged_as_pycocotools_judges_its_results(
     )
 
 
+def test_a_crowd_without_a_mask_is_judged_by_its_box(
+    lomar: Command, detector: Path, miniature: None, tmp_path: Path
+) -> None:
+    """What is found there is no mistake."""
+    told = coco(tmp_path / "data", 2, 1)
+    told["annotations"][0] |= {"iscrowd": 1, "segmentation": []}
+    (tmp_path / "data" / "told.json").write_text(json.dumps(told))
+    words = ("detect-evaluate --device cpu --workers 0 --model", detector, "--data", tmp_path / "data" / "told.json")
+    done = lomar(*words, "--out", tmp_path / "out")
+    assert done.status == 0, done.err
+    assert "to find 3, images 2" in done.out and (tmp_path / "out" / "detections.png").exists()
+
+
+def test_images_whose_channels_are_no_colours_are_judged_and_not_drawn(
+    lomar: Command, miniature: None, tmp_path: Path
+) -> None:
+    """By a run too, which draws before it says what it came to."""
+    told = coco(tmp_path / "data", 3, 1)
+    for image in told["images"]:
+        image["file_name"] = f"{image['id']}.npy"
+        pixels = np.random.default_rng(image["id"]).integers(0, 256, (5, 48, 64), dtype=np.uint8)
+        np.save(tmp_path / "data" / image["file_name"], pixels)
+    (tmp_path / "data" / "told.json").write_text(json.dumps(told))
+    words = ("--data", tmp_path / "data" / "told.json", "--device cpu --workers 0")
+    done = lomar("detect --model scratch:16x2x2 --out", tmp_path / "run", SETTINGS, "--max-steps 1", *words)
+    assert done.status == 0, done.err
+    assert (tmp_path / "run" / "evaluation.json").exists() and not (
+        tmp_path / "run" / "figures/detections.png"
+    ).exists()
+    done = lomar("detect-evaluate --model", tmp_path / "run", *words, "--out", tmp_path / "out")
+    assert done.status == 0, done.err
+    assert "detections.png" not in done.out
+
+
+def test_the_fifth_that_was_kept_apart_judges_only_where_a_run_learnt_from_the_rest(
+    lomar: Command, miniature: None, tmp_path: Path
+) -> None:
+    """Other annotations in the same folder are judged whole."""
+    for name, first in (("learnt", 1), ("other", 11)):
+        told = coco(tmp_path / "data" / name, 5, first)
+        for image in told["images"]:
+            image["file_name"] = f"{name}/{image['file_name']}"
+        (tmp_path / f"{name}.json").write_text(json.dumps(told))
+    made = ("detect --model scratch:16x2x2 --max-steps 1", SETTINGS, "--data", tmp_path / "data")
+    run = tmp_path / "run"
+    assert lomar(*made, "--annotations", tmp_path / "learnt.json", "--out", run).status == 0
+    asked = ("detect-evaluate --device cpu --workers 0 --model", run, "--data", tmp_path / "data", "--annotations")
+    done = lomar(*asked, tmp_path / "learnt.json")
+    assert "images 1;" in done.out and "the fifth that training had kept apart" in done.out
+    done = lomar(*asked, tmp_path / "other.json")
+    assert "images 5;" in done.out and "kept apart" not in done.out
+
+
 def test_predictions_are_results_and_pictures(
     lomar: Command, detector: Path, shapes: Path, miniature: None, tmp_path: Path
 ) -> None:
@@ -173,6 +269,21 @@ def test_predictions_are_results_and_pictures(
     assert "already holds results.json" in refused(lomar(*words))
 
 
+def test_pictures_stay_in_their_folder_however_the_images_are_named(
+    lomar: Command, detector: Path, shapes: Path, miniature: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative and absolute, and in a folder above."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("here/a.png", "b.png"):
+        (tmp_path / name).write_bytes((shapes / "val2017" / "11.png").read_bytes())
+    words = ("detect-predict --device cpu --workers 0 --model", detector, "--out", tmp_path / "out")
+    done = lomar(*words, "--images a.png ../b.png", tmp_path / "b.png", "--pictures 3")
+    assert done.status == 0, done.err
+    pictures = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
+    assert pictures == {"pictures/here/a.png.png", "pictures/b.png.png"}
+
+
 def test_what_does_not_fit_is_refused_in_one_line(
     detect: Command, lomar: Command, detector: Path, shapes: Path, finished_run: Path, tmp_path: Path
 ) -> None:
@@ -195,9 +306,9 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert "is it the folder of a run of lomar detect" in refused(
         lomar("detect-evaluate --model", finished_run, "--data", shapes)
     )
-    assert "no multiple of the model's patches" in refused(
-        lomar("detect-predict --image-size 60 --model", detector, "--images", shapes, "--out", out)
-    ).replace("not a multiple", "no multiple")
+    asked = ("--model", detector, "--images", shapes, "--out", out)
+    assert "--image-size 60 is no multiple" in refused(lomar("detect-predict --image-size 60", *asked))
+    assert "is less than 2 patches" in refused(lomar("detect-predict --image-size 8", *asked))
     other = tmp_path / "other"
     told = coco(other, 2, 1)
     told["categories"][0]["name"] = "green"

@@ -19,7 +19,16 @@ from scipy.ndimage import binary_erosion
 
 from lomar.data.coco import CocoImages, judging_images
 from lomar.data.decode import PixelFormat
-from lomar.data.detection import Jitter, Placing, WholeImages, bounds, detection_batches, fitted, whole_images
+from lomar.data.detection import (
+    Jitter,
+    Placing,
+    WholeImages,
+    _objects,
+    bounds,
+    detection_batches,
+    fitted,
+    whole_images,
+)
 from lomar.data.loader import MicroBatch
 from lomar.data.opening import open_source
 from lomar.data.sources import ImageSource
@@ -521,6 +530,19 @@ def test_objects_below_a_size_are_left_out(tmp_path: Path) -> None:
     told = {"batch_size": 1, "micro_batch": 1, "total_batches": 1}
     assert batches(scene.images(), replace(CENTRED, filter_below_px=10), **told)[0].inputs["labels"].tolist() == [1]
     assert batches(scene.images(), CENTRED, **told)[0].inputs["labels"].tolist() == [0, 1]
+
+
+def test_a_box_without_width_in_float32_is_left_out(tmp_path: Path) -> None:
+    """It would meet no anchor, and so be the best match of all; the logarithm of its width is infinite."""
+    scene = Scene(tmp_path)
+    scene.add(np.zeros((500, 500, 3), np.uint8))
+    for left in (497.5124206542969, 400.0):
+        scene.object(1, [rectangle(5, 5, 1, 1)], 500, 500, bbox=[left, 100, 2, 50])
+    placing = Placing((500, 500), (603, 603), (0, 0), (600, 600), flipped=False)
+    cropped = placing.boxes(scene.images(box_only=True).instances(0).boxes)
+    assert 1e-5 < 600 - cropped[0, 0] < 3e-5 and np.float32(cropped[0, 0]) == 600
+    found = _objects(scene.images(box_only=True), 0, DETECTRON, placing, with_masks=False)
+    assert found.labels.tolist() == [1]
 
 
 def test_masks_of_data_without_them_are_refused(images: CocoImages, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """Claims about the backbone of a detector: golden vectors, timm, and the encoder that it comes from."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from golden import filler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lomar.detection.attention import GridAttention, folded, from_windows, to_windows
 from lomar.detection.backbone import LEVELS, Backbone, SimplePyramid, global_blocks
-from lomar.detection.frameworks import FRAMEWORKS
+from lomar.detection.frameworks import FRAMEWORKS, Framework
 from lomar.model import Encoder
 from lomar.model.positions import grid_coordinates
 
@@ -147,6 +148,22 @@ def test_long_sequences_are_worked_out_in_parts_and_give_the_same(
         torch.testing.assert_close(a, b)
 
 
+def test_without_kernels_a_gpu_keeps_no_weights_of_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = filled(GridAttention(48, 3, (6, 6), contextual=True).double())
+    relation = attention.relate(grid_coordinates(6, 6)[None], (6, 6))
+    monkeypatch.setattr("lomar.detection.attention.backend_for", lambda q, tokens: "products")
+    monkeypatch.setattr("lomar.detection.attention.KEPT_TOKENS", 8)
+    kept: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() if tensor.is_floating_point() else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        attention(4 * filler(2, 36, 48, j=5), relation)
+    assert max(kept) < 2 * 3 * 36 * 36
+
+
 def test_folded_into_the_product_a_decomposed_position_is_the_same() -> None:
     attention = filled(GridAttention(48, 3, (5, 7), decomposed=True).double())
     relation = attention.relate(grid_coordinates(5, 7)[None], (5, 7))
@@ -181,6 +198,52 @@ def test_the_pyramids_maps_are_each_half_of_the_one_before(framework: object, ro
     expected = [(4 * rows, 4 * columns), (2 * rows, 2 * columns), (rows, columns), (rows // 2, columns // 2)]
     expected.append(tuple((side + 1) // 2 for side in expected[-1]))  # type: ignore[arg-type]
     assert [tuple(each.shape) for each in maps.values()] == [(2, 32, *size) for size in expected]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS.values(), ids=FRAMEWORKS)
+def test_the_pyramid_is_that_of_its_sources(framework: Framework) -> None:
+    """Written out with torch's functions: deconvolutions up, one norm and GELU between two, two normed convolutions."""
+    pyramid = filled(SimplePyramid(16, framework, 8).double())
+    eps = framework.neck_eps
+
+    def norm(x: Tensor, layer: Any, eps: float) -> Tensor:
+        return F.layer_norm(x.movedim(1, -1), (x.shape[1],), layer.weight, layer.bias, eps).movedim(-1, 1)
+
+    def up(x: Tensor, layer: Any) -> Tensor:
+        return F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
+
+    def neck(x: Tensor, layers: Any) -> Tensor:
+        x = norm(F.conv2d(x, layers[0].weight), layers[1], eps)
+        return norm(F.conv2d(x, layers[2].weight, padding=1), layers[3], eps)
+
+    x = filler(2, 16, 6, 4, j=3)
+    first, between, _, second = pyramid.p2
+    p2 = up(F.gelu(norm(up(x, first), between, 1e-6)), second)
+    scaled = (p2, up(x, pyramid.p3), x, F.max_pool2d(x, 2))
+    expected = [neck(each, layers) for each, layers in zip(scaled, pyramid.necks, strict=True)]
+    found = list(pyramid(x).values())
+    for ours, theirs in zip(found[:-1], expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(found[-1], found[-2][:, :, ::2, ::2])
+
+
+def test_drop_path_grows_block_by_block_and_follows_the_numbers_given() -> None:
+    """Rates of 0, 0.25 and 0.5: a number of 0.3 skips the last block alone."""
+    architecture = encoder("none").architecture | {"depth": 3}
+    backbone = filled(Backbone(architecture, VITAE, 32, window=0, decomposed=False, drop_path=0.5).double())
+    images = filler(2, 3, 32, 32, j=7)
+
+    def through(number: float) -> Tensor:
+        return backbone(images, torch.full((2, 3, 2), number, dtype=torch.float64))
+
+    with torch.no_grad():
+        skipped, whole = through(0.3), through(1.0)
+        last: Any = backbone.blocks[2]
+        for layer in (last.attn.proj, last.mlp.fc2):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        torch.testing.assert_close(skipped, through(1.0))
+        assert not torch.allclose(skipped, whole) and not torch.allclose(skipped, through(0.2))
 
 
 def test_vit_base_has_detectron2s_number_of_weights() -> None:

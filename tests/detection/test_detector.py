@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from lomar.detection.cells import NormalCell
@@ -17,7 +17,7 @@ from lomar.detection.detector import Detector, DetectorPlan
 from lomar.detection.frameworks import FRAMEWORKS
 from lomar.detection.optim import detector_adamw, layer_of
 from lomar.detection.proposals import Anchors, Proposals, Sampler
-from lomar.detection.regions import CASCADE, BoxStage, Regions, Target, cut_masks, pooled
+from lomar.detection.regions import CASCADE, BoxStage, Regions, Target, _chosen, cut_masks, pooled
 from lomar.errors import UserError
 from lomar.interop.detectors import load_detector, save_detector
 from lomar.model import Encoder
@@ -231,6 +231,144 @@ def test_a_cascade_refines_boxes_stage_by_stage() -> None:
     maps = {f"p{level}": torch.zeros(1, 8, 64 // 2**level, 64 // 2**level) for level in range(2, 6)}
     (found,) = regions.detect(maps, [torch.tensor([[10.0, 10.0, 20.0, 20.0]])], [(64, 64)])
     torch.testing.assert_close(found.boxes[0], torch.tensor([13.0, 10.0, 23.0, 20.0]))
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_regions_of_nothing_stay_that_when_not_all_objects_are_drawn(framework: str) -> None:
+    """Six objects, of which four are drawn: none of the twelve regions far from all is taken for another's best."""
+    regions = Regions(8, STRIDES[:4], 2, FRAMEWORKS[framework], masks=False, sampled=16)
+    regions.sampler.seeds = (1,)
+    corners = torch.cartesian_prod(torch.arange(3.0), torch.arange(2.0)) * 60
+    target = Target(torch.cat([corners, corners + 20], dim=1), torch.arange(6) % 2, None)
+    far = 200 + torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) * 15
+    seen: list[Tensor] = []
+
+    def note(logits: Tensor, deltas: Tensor, boxes: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+        seen.extend((box_iou(boxes, target.boxes).amax(dim=1), labels))
+        return logits.sum()
+
+    regions._stages()[0].loss = note  # type: ignore[method-assign]
+    maps = {f"p{level}": torch.zeros(1, 8, 256 // 2**level, 256 // 2**level) for level in range(2, 6)}
+    regions.losses(maps, [torch.cat([far, far + 10], dim=1)], [(256, 256)], [target])
+    overlaps, labels = seen
+    assert overlaps.sort().values.tolist() == [0.0] * 12 + [1.0] * 4
+    assert torch.equal(labels < 2, overlaps == 1)
+
+
+def test_the_masks_of_objects_that_no_region_holds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an image of thousands of objects they would be gigabytes."""
+    from lomar.detection import regions as module
+
+    made: list[int] = []
+
+    def counted(masks: Tensor, *rest: Any, **named: Any) -> Tensor:
+        made.append(len(masks))
+        return roi_align(masks, *rest, **named)
+
+    monkeypatch.setattr(module, "roi_align", counted)
+    mask = torch.zeros(50, 16, 16, dtype=torch.uint8)
+    mask[7], mask[31, :8] = 1, 1
+    boxes = torch.tensor([[0.0, 0.0, 16.0, 16.0]] * 3)
+    cut = cut_masks(mask, boxes, torch.tensor([31, 7, 31]))
+    assert made == [2] and cut.mean(dim=(1, 2)).tolist() == [0.5, 1.0, 0.5]
+
+
+def test_anchors_are_not_rounded_to_bfloat16() -> None:
+    """In which a CPU's autocast leaves the maps."""
+    images = ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)])
+    maps = [torch.zeros(1, 8, 16 // 2**i, 16 // 2**i) for i in range(5)]
+    assert torch.equal(
+        Anchors(STRIDES)(images, [each.bfloat16() for each in maps])[0], Anchors(STRIDES)(images, maps)[0]
+    )
+
+
+def test_checkpointing_does_not_change_what_batch_norms_count() -> None:
+    """A cell's second pass is of a batch that was counted."""
+    counted = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        detector = Detector(plan(framework="vitae", cells=True))
+        detector.backbone.grad_checkpointing = checkpointing
+        detector(**inputs())[0].backward()
+        counted.append({name: buffer for name, buffer in detector.named_buffers() if "running" in name})
+    assert len(counted[0]) == 4 and all(torch.equal(counted[0][name], counted[1][name]) for name in counted[0])
+
+
+def test_stages_of_a_cascade_learn_from_their_own_overlaps_and_none_from_objects_put_in() -> None:
+    """A region of overlap 0.55 is an object for the first alone, one of 0.65 for the second too."""
+    regions = Regions(8, STRIDES[:4], 2, FRAMEWORKS["vitdet"], cascade=True, masks=False)
+    regions.sampler.seeds = (1,)
+    seen: list[Tensor] = []
+
+    def note(logits: Tensor, deltas: Tensor, boxes: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+        seen.append(labels)
+        return logits.sum()
+
+    for stage in regions._stages():
+        stage.loss = note  # type: ignore[method-assign]
+        nn.init.zeros_(stage.mover.weight)
+    target = Target(torch.tensor([[0.0, 0.0, 40.0, 40.0]]), torch.tensor([1]), None)
+    proposed = torch.tensor([[0.0, 0.0, 40.0, side] for side in (18.0, 22.0, 26.0)])  # overlaps of 0.45, 0.55, 0.65
+    maps = {f"p{level}": torch.zeros(1, 8, 64 // 2**level, 64 // 2**level) for level in range(2, 6)}
+    regions.losses(maps, [proposed], [(64, 64)], [target])
+    assert [labels.tolist() for labels in seen] == [[2, 1, 1, 1], [2, 2, 1, 1], [2, 2, 2, 1]]
+
+
+def test_each_stage_of_a_cascade_gives_a_third_of_its_gradient() -> None:
+    gradients = []
+    for cascade in (False, True):
+        maps = {f"p{level}": torch.ones(1, 8, 8, 8, requires_grad=True) for level in range(2, 6)}
+        regions = Regions(8, STRIDES[:4], 2, FRAMEWORKS["vitdet"], cascade=cascade)
+        regions._pooled(maps, [torch.tensor([[0.0, 0.0, 30.0, 30.0]])]).sum().backward()
+        gradients.append(maps["p2"].grad)
+    assert gradients[0] is not None and gradients[1] is not None and gradients[0].sum() > 0
+    torch.testing.assert_close(gradients[1], gradients[0] / 3)
+
+
+def test_scores_of_a_cascade_are_the_means_of_its_stages() -> None:
+    regions = Regions(8, STRIDES[:4], 2, FRAMEWORKS["vitdet"], cascade=True, masks=False)
+    odds = torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0], [4.0, 0.0, 0.0]])
+    for stage, bias in zip(regions._stages(), odds, strict=True):
+        nn.init.zeros_(stage.mover.weight)
+        nn.init.zeros_(stage.classifier.weight)
+        stage.classifier.bias.data = bias
+    maps = {f"p{level}": torch.zeros(1, 8, 64 // 2**level, 64 // 2**level) for level in range(2, 6)}
+    (found,) = regions.detect(maps, [torch.tensor([[10.0, 10.0, 20.0, 20.0]])], [(64, 64)])
+    assert found.scores[0].item() == pytest.approx(odds.softmax(dim=1)[:, 0].mean().item())
+
+
+def test_the_best_hundred_of_an_image_are_kept_and_none_of_little_score() -> None:
+    corners = torch.cartesian_prod(torch.arange(15.0), torch.arange(10.0)) * 20
+    boxes = torch.cat([corners, corners + 10], dim=1)[:, None]
+    scores = torch.linspace(0.9, 0.2, 150)[:, None]
+    found, likely, labels = _chosen(boxes, scores, (400, 400))
+    assert torch.equal(found, boxes[:100, 0]) and torch.equal(likely, scores[:100, 0]) and not labels.any()
+    assert len(_chosen(boxes, torch.linspace(0.0, 0.1, 150)[:, None], (400, 400))[0]) == 75
+
+
+def test_of_a_mask_the_objects_own_class_is_learnt() -> None:
+    regions = Regions(8, STRIDES[:4], 3, FRAMEWORKS["vitdet"])
+    logits = torch.tensor([-1.0, 2.0, 5.0]).view(1, 3, 1, 1).expand(1, 3, 28, 28)
+
+    class Fixed(nn.Module):
+        def forward(self, regions: Tensor) -> Tensor:
+            return logits
+
+    regions.masks = Fixed()  # type: ignore[assignment]
+    target = Target(torch.tensor([[0.0, 0.0, 32.0, 32.0]]), torch.tensor([1]), torch.ones(1, 64, 64, dtype=torch.uint8))
+    maps = {f"p{level}": torch.zeros(1, 8, 64 // 2**level, 64 // 2**level) for level in range(2, 6)}
+    loss = regions._mask_loss(maps, [target.boxes], [torch.tensor([0])], [target])
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-2)))
+
+
+def test_the_numbers_of_proposals_are_detectron2s() -> None:
+    proposals = Proposals(8, STRIDES, FRAMEWORKS["vitdet"])
+    matcher = proposals.proposal_matcher
+    assert (matcher.low_threshold, matcher.high_threshold, matcher.allow_low_quality_matches) == (0.3, 0.7, True)
+    assert [proposals.train(learns).pre_nms_top_n() for learns in (True, False)] == [2000, 1000]
+    assert [proposals.train(learns).post_nms_top_n() for learns in (True, False)] == [1000, 1000]
+    assert proposals.nms_thresh == 0.7 and isinstance(proposals.fg_bg_sampler, Sampler)
+    assert (proposals.fg_bg_sampler.per_image, proposals.fg_bg_sampler.positives) == (256, 128)
 
 
 def test_a_detector_comes_back_from_its_file(tmp_path: Path) -> None:

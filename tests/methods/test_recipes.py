@@ -211,7 +211,7 @@ def test_the_printed_configuration_is_accepted_and_composes_the_same_method(name
     assert course.keys() <= values.keys() and {k: values[k] for k in course} == course
     # Every option that changes results is told, but for what the data and the user bring.
     results = {option for option, field in fields_of(PretrainOptions).items() if field.metadata["results"]}
-    assert results - values.keys() == {"init", "tokenizer", "max_steps", "precision"}
+    assert results - values.keys() == {"init", "tokenizer", "max_steps", "precision", "shuffle_gb"}
 
 
 @pytest.mark.parametrize("name", ["lomar", "lomar-b8", "lomar-448", "mae", "mae-384", "fig5-ape-14", "fig5-decoder-5"])

@@ -196,17 +196,21 @@ class Evaluation:
         assert val is not None
         share = val.subset(share_of(len(val), self.fabric.global_rank, self.fabric.world_size))
         with self.fabric.autocast():
-            found = found_in(
-                detector,
-                share.source,
-                settled.options.image_size,
-                self.fabric.device,
-                settled.options.micro_batch,
-                settled.options.workers,
-                told=share.sizes,
+            found = list(
+                found_in(
+                    detector,
+                    share.source,
+                    settled.options.image_size,
+                    self.fabric.device,
+                    settled.options.micro_batch,
+                    settled.options.workers,
+                    told=share.sizes,
+                )
             )
-            results = results_of(share, found, range(1, len(val.categories) + 1))
-        everything = said_by_all(self.fabric, results)
+        unreadable = sum(said_by_all(self.fabric, [sum(each is None for each in found)]))
+        if unreadable:
+            self.display.say(f"{unreadable} of {len(val)} images could not be read: their objects count as not found")
+        everything = said_by_all(self.fabric, results_of(share, found, range(1, len(val.categories) + 1)))
         return judged(val, everything, settled.plan.masks) if self.fabric.is_global_zero else None
 
 

@@ -58,7 +58,7 @@ def _judged(given: Mapping[str, Any], say: Callable[[str], object]) -> Judgement
     images, kept_apart = judging_images(
         options.data,
         options.annotations,
-        learnt_from=_learnt_from(options.model, options.data),
+        learnt_from=_learnt_from(options),
         box_only=not plan.masks,
     )
     own = images.for_classes(plan.classes, plan.category_ids, "--data")
@@ -84,20 +84,27 @@ def _judged(given: Mapping[str, Any], say: Callable[[str], object]) -> Judgement
             write_results(written[-1], (each for each in results if each["category_id"] != -1))  # no class of --data
             if options.pictures:
                 shown = own.subset(range(min(options.pictures, len(own))))
-                draw_judged(out / PICTURE, shown, found[: len(shown)], masks)
-                written.append(out / PICTURE)
+                if draw_judged(out / PICTURE, shown, found[: len(shown)], masks):
+                    written.append(out / PICTURE)
         except OSError as error:
             raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
         say(f"{', '.join(map(str, written))} written")
     return judgement
 
 
-def _learnt_from(model: str, data: str) -> bool:
+def _learnt_from(options: DetectEvaluateOptions) -> bool:
     """Whether a run was trained on just these images, and no others judged it."""
-    path = Path(model)
+    path = Path(options.model)
     config = (path if path.is_dir() else path.parent) / CONFIG_FILE
     try:
         run = read_config(str(config), DetectOptions) if config.exists() else {}
     except UserError:  # a run of another command, or of another version
         return False
-    return bool(run.get("data")) and not run.get("val") and Path(run["data"]).resolve() == Path(data).resolve()
+    if not run.get("data") or run.get("val") or run.get("val_annotations"):
+        return False
+    learnt, asked = ((run["data"], run.get("annotations")), (options.data, options.annotations))
+    return [_resolved(each) for each in learnt] == [_resolved(each) for each in asked]
+
+
+def _resolved(path: str | None) -> Path | None:
+    return Path(path).resolve() if path else None

@@ -1,4 +1,4 @@
-"""`lomar detect --dry-run`: one step on made-up images, and what it tells of shapes, schedule, time and memory."""
+"""`lomar detect --dry-run`: two steps on made-up images, and what it tells of shapes, schedule, time and memory."""
 
 import time
 

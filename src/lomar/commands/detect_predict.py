@@ -81,9 +81,10 @@ def command(given: Mapping[str, Any]) -> int:
 
 def _names(source: ImageSource) -> list[str]:
     """Paths of the images below the folder that holds them all: their ids, and the names of their pictures."""
-    paths = [source.path(index).decode("utf-8", "replace") for index in range(len(source))]
+    # Made absolute: else some could not be compared with others, or lead out of the folder of pictures by "..".
+    paths = [os.path.abspath(source.path(index).decode("utf-8", "replace")) for index in range(len(source))]  # noqa: PTH100
     above = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120 (links stay as they are)
-    return [os.path.relpath(path, above) if above else path for path in paths]
+    return [os.path.relpath(path, above) for path in paths]
 
 
 def _draw(path: Path, source: ImageSource, index: int, found: Found, session: DetectingSession, score: float) -> int:

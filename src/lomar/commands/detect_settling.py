@@ -225,20 +225,25 @@ def _fresh(model: str, fmt: PixelFormat) -> Encoder:
 
 def _check(options: DetectOptions, patch: int) -> None:
     """Refuse options that do not fit the encoder or each other."""
-    if options.image_size % patch:
-        near = max(patch, round(options.image_size / patch) * patch)
-        raise UserError(
-            f"--image-size {options.image_size} is no multiple of the encoder's patches of {patch} px; {near} would be"
-        )
-    if options.image_size < LEAST_PATCHES * patch:
-        raise UserError(
-            f"--image-size {options.image_size} is less than {LEAST_PATCHES} patches of {patch} px, "
-            f"which the pyramid needs; {LEAST_PATCHES * patch} would do"
-        )
+    check_size(options.image_size, patch)
     low, high = options.jitter
     if low > high:
         raise UserError(f"--jitter is {low} {high}; the smaller size comes first")
     check_processes(options.batch_size, "ddp")
+
+
+def check_size(image_size: int, patch: int) -> None:
+    """Raises UserError: images of this side are no whole patches, or too few."""
+    if image_size % patch:
+        near = max(LEAST_PATCHES, round(image_size / patch)) * patch
+        raise UserError(
+            f"--image-size {image_size} is no multiple of the encoder's patches of {patch} px; {near} would be"
+        )
+    if image_size < LEAST_PATCHES * patch:
+        raise UserError(
+            f"--image-size {image_size} is less than {LEAST_PATCHES} patches of {patch} px, "
+            f"which the pyramid needs; {LEAST_PATCHES * patch} would do"
+        )
 
 
 def _on_objects(train: CocoImages, without: int, val: CocoImages | None, drawn: bool, masks: bool) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lomar.commands.automatic import find_hardware
-from lomar.commands.detect_settling import pixel_format
+from lomar.commands.detect_settling import check_size, pixel_format
 from lomar.commands.judging import EVALUATION_FILE, default_workers
 from lomar.commands.progress import watched
 from lomar.data.coco import CocoImages, Instances
@@ -46,13 +46,8 @@ class DetectingSession:
 
     def __init__(self, model: str, image_size: int | None, device: str, precision: str) -> None:
         self.detector = load_detector(model)
-        patch = self.detector.plan.architecture["patch_size"]
-        if image_size is not None and image_size % patch:
-            near = max(patch, round(image_size / patch) * patch)
-            raise UserError(
-                f"--image-size {image_size} is not a multiple of the model's patches of {patch} px; {near} would be"
-            )
         self.size_px = image_size or self.detector.plan.image_size
+        check_size(self.size_px, self.detector.plan.architecture["patch_size"])
         hardware = find_hardware(device)
         self.device = torch.device(hardware.device)
         self.bf16 = precision == "bf16" or (precision == "auto" and hardware.bf16)
@@ -142,7 +137,7 @@ def _ground_truth(images: CocoImages, masks: bool) -> dict[str, Any]:
                 "iscrowd": int(objects.crowd[place]),
             }
             if masks:
-                annotation["segmentation"] = rle_of(_as_coco(objects.segmentations[place]), (height, width))
+                annotation["segmentation"] = rle_of(_as_coco(objects, place), (height, width))
             annotations.append(annotation)
     sizes = images.sizes.tolist()
     return {
@@ -152,15 +147,20 @@ def _ground_truth(images: CocoImages, masks: bool) -> dict[str, Any]:
     }
 
 
-def _as_coco(segmentation: list[NDArray[np.float32]] | dict[str, Any] | None) -> Any:
+def _as_coco(objects: Instances, place: int) -> Any:
+    """An object's segmentation as COCO's files have it; of a crowd without one, its box."""
+    segmentation = objects.segmentations[place]
     if isinstance(segmentation, dict):
         return segmentation | {"counts": np.asarray(segmentation["counts"]).tolist()}
-    return [polygon.flatten().tolist() for polygon in segmentation or []]
+    if segmentation is None:
+        left, top, right, bottom = objects.boxes[place].tolist()
+        return [[left, top, right, top, right, bottom, left, bottom]]
+    return [polygon.flatten().tolist() for polygon in segmentation]
 
 
 def drawable(objects: Instances, size: tuple[int, int], masks: bool) -> Objects:
     """Annotations of an image of (height, width), as pictures take them."""
-    codes = [rle_of(_as_coco(each), size) for each in objects.segmentations] if masks else None
+    codes = [rle_of(_as_coco(objects, place), size) for place in range(len(objects))] if masks else None
     return Objects(objects.boxes, objects.labels, None, codes)
 
 
@@ -181,21 +181,26 @@ def write_judgement(folder: Path, judgement: Judgement, about: dict[str, Any]) -
     return written
 
 
-def draw_judged(path: Path, images: CocoImages, found: Sequence[Found | None], masks: bool) -> None:
-    """A picture of images with their objects beside what was found; those that cannot be read are left out."""
+def draw_judged(path: Path, images: CocoImages, found: Sequence[Found | None], masks: bool) -> bool:
+    """A picture of images with their objects beside what was found; whether any can be read and shown as colours."""
     rows = []
     for index, each in enumerate(found):
         if each is None:
             continue
+        try:
+            pixels = seen(images.source, index)
+        except BadImageError:
+            continue
         objects = images.instances(index)
         size = int(images.sizes[index][0]), int(images.sizes[index][1])
-        rows.append((seen(images.source, index), drawable(objects, size, masks), drawn(each, SHOWN_SCORE)))
+        rows.append((pixels, drawable(objects, size, masks), drawn(each, SHOWN_SCORE)))
     if not rows:
-        return
+        return False
     caption = f"{len(rows)} of the images that judge; found with a score of {SHOWN_SCORE} or more."
     sheet = detections_sheet(rows, images.categories, caption)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    return True
 
 
 def seen(source: ImageSource, index: int) -> NDArray[np.uint8]:

@@ -187,7 +187,9 @@ def _objects(images: CocoImages, index: int, jitter: Jitter, placing: Placing, w
         else:
             around = box
         box = around if jitter.boxes_from_masks else box
-        if (box[2:] - box[:2]).min() <= jitter.filter_below_px or (with_masks and window is None):
+        # As float32, in which it will be used: a sliver at the far side may have no width left there.
+        sides = box[2:].astype(np.float32) - box[:2].astype(np.float32)
+        if sides.min() <= jitter.filter_below_px or (with_masks and window is None):
             continue
         boxes.append(box)
         labels.append(told.labels[place])

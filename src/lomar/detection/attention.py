@@ -179,8 +179,10 @@ class GridAttention(Attention):
         """(R, heads, N, d), without a bias being written out where it would be large."""
         assert isinstance(relation, Places) and relation.extent is not None
         if self.rpe is not None and self.rel_pos is None:
-            backend = BACKENDS[backend_for(q, k.shape[-2])]
-            return backend(q, k, v, self.rpe.table, relation, first)
+            name = backend_for(q, k.shape[-2])
+            if name == "products" and k.shape[-2] > KEPT_TOKENS:  # a GPU without the kernels
+                name = "recomputed"
+            return BACKENDS[name](q, k, v, self.rpe.table, relation, first)
         if self.rel_pos is not None and self.rpe is None and self.rel_pos_bias is None and q.device.type != "cpu":
             own = self._own(relation.extent)
             return folded(q, k, v, *self.rel_pos.along(q, own), own)

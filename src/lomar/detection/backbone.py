@@ -1,7 +1,9 @@
 """The encoder as a detector's backbone: windowed attention with a few global blocks, then a pyramid of maps."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,7 +122,7 @@ class Backbone(nn.Module):
                 relations[attention.window] = attention.relate(coordinates, extent)
             given = x, relations[attention.window], None if keep is None else keep[:, i]
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *given, use_reentrant=False)
+                x = checkpoint(block, *given, use_reentrant=False, context_fn=partial(_counted_once, block))
             else:
                 x = block(*given)
         return self.norm(x).transpose(1, 2).unflatten(2, extent)
@@ -150,6 +152,23 @@ class Backbone(nn.Module):
 
 def _pair(size: Any) -> Grid:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _counted_once(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a block's first pass and of its second, in which no batch norm counts the batch again."""
+    return nullcontext(), _uncounted([each for each in block.modules() if isinstance(each, nn.BatchNorm2d)])
+
+
+@contextmanager
+def _uncounted(norms: Sequence[nn.BatchNorm2d]) -> Iterator[None]:
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _initialised(module: nn.Module) -> None:

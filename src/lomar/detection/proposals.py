@@ -86,10 +86,10 @@ class Anchors(AnchorGenerator):
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """(N, 4) of each image, map by map, cell by cell."""
-        like = feature_maps[0]
-        self.set_cell_anchors(like.dtype, like.device)
+        device = feature_maps[0].device
+        self.set_cell_anchors(torch.float32, device)  # maps may be in bfloat16, which rounds the shapes
         grids = [list(each.shape[-2:]) for each in feature_maps]
-        steps = [[torch.tensor(stride, device=like.device)] * 2 for stride in self.strides]
+        steps = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
         joined = torch.cat(self.grid_anchors(grids, steps))
         return [joined] * len(image_list.image_sizes)
 

@@ -74,7 +74,7 @@ def pooled(maps: Mapping[str, Tensor], strides: Sequence[float], boxes: Sequence
     level = (4 + (sides / 224 + 1e-8).log2() - math.log2(strides[0])).floor().clamp(0, len(strides) - 1).long()
     first = next(iter(maps.values()))
     out = first.new_zeros((len(joined), first.shape[1], side, side), dtype=torch.float32)
-    for number, (each, stride) in enumerate(zip(maps.values(), strides, strict=False)):
+    for number, (each, stride) in enumerate(zip(maps.values(), strides, strict=True)):
         (of_level,) = torch.where(level == number)
         found = roi_align(each.float(), regions[of_level], side, 1 / stride, sampling_ratio=0, aligned=True)
         out = out.index_put((of_level,), found)
@@ -242,18 +242,20 @@ class Regions(nn.Module):
             sizes: (height, width) of each image without padding.
             targets: the objects.
         """
-        boxes, objects = self._sampled(proposals, targets)
+        boxes, matches = self._sampled(proposals, targets)
         losses: dict[str, Tensor] = {}
         if self.masks is not None:
+            objects = [index.masked_fill(labels == self.classes, -1) for index, labels in matches]
             losses["mask"] = self._mask_loss(maps, boxes, objects, targets)
         for number, stage in enumerate(self._stages()):
-            labels = [stage.matched(own, target) for own, target in zip(boxes, targets, strict=True)]
+            if number:  # the first one's are of all regions: an object's best among those drawn may be a bad one
+                matches = [stage.matched(own, target) for own, target in zip(boxes, targets, strict=True)]
             logits, deltas = stage(self._pooled(maps, boxes))
             wanted = [
                 target.boxes[index] if len(target.boxes) else own
-                for own, target, (index, _) in zip(boxes, targets, labels, strict=True)
+                for own, target, (index, _) in zip(boxes, targets, matches, strict=True)
             ]
-            joined = torch.cat(boxes), torch.cat([label for _, label in labels]), torch.cat(wanted)
+            joined = torch.cat(boxes), torch.cat([labels for _, labels in matches]), torch.cat(wanted)
             name = "box" if len(self.stages) == 1 else f"box{number + 1}"
             losses[name] = stage.loss(logits, deltas, *joined)
             if number + 1 < len(self.stages):
@@ -294,17 +296,18 @@ class Regions(nn.Module):
         regions = pooled(maps, self.strides, boxes, BOX_PX)
         return _ScaledGradient.apply(regions, 1 / len(self.stages)) if len(self.stages) > 1 else regions
 
-    def _sampled(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> tuple[list[Tensor], list[Tensor]]:
-        """Boxes to learn from, objects themselves among them, and the object of each; -1 of none."""
+    def _sampled(
+        self, proposals: Sequence[Tensor], targets: Sequence[Target]
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Boxes to learn from, objects themselves among them, and what each matches, as `BoxStage.matched` says."""
         stage = self._stages()[0]
         boxes = [torch.cat([own, target.boxes]) for own, target in zip(proposals, targets, strict=True)]
         matches = [stage.matched(own, target) for own, target in zip(boxes, targets, strict=True)]
         good, bad = self.sampler([(labels < self.classes).long() for _, labels in matches])
         drawn = [torch.where(a | b)[0] for a, b in zip(good, bad, strict=True)]
-        objects = [index.masked_fill(labels == self.classes, -1) for index, labels in matches]
         return (
             [own[which] for own, which in zip(boxes, drawn, strict=True)],
-            [own[which] for own, which in zip(objects, drawn, strict=True)],
+            [(index[which], labels[which]) for (index, labels), which in zip(matches, drawn, strict=True)],
         )
 
     def _refined(

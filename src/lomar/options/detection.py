@@ -41,7 +41,7 @@ class DetectOptions:
     )
     overwrite: bool = option("delete the run in --out and start anew", default=False, results=False)
     dry_run: bool = option(
-        "do one step on made-up images, print shapes, schedule and memory, and end; nothing is written",
+        "do two steps on made-up images, print shapes, schedule and memory, and end; nothing is written",
         default=False,
         results=False,
     )
