@@ -320,12 +320,12 @@ def test_what_does_not_fit_is_refused_in_one_line(
 
 def test_automatic_choices_are_the_papers_where_the_data_is_its_size() -> None:
     gpu = Hardware("cuda", "a GPU", 80 * 10**9, 16, True)
-    chosen = {n: c.value for n, c in choose_detection({}, 117_266, 1024, 16, 768, gpu).items()}
+    chosen = {n: c.value for n, c in choose_detection({}, 117_266, 640, 16, 768, gpu).items()}
     wanted = {"image_size": 1024, "batch_size": 64, "epochs": 100, "lr": 1e-4, "layer_decay": 0.7, "drop_path": 0.1}
     wanted |= {"warmup_steps": 250, "clip_grad": 0.0, "head_channels": 256, "regions": 512}
     assert {name: chosen[name] for name in wanted} == wanted
-    few = {n: c.value for n, c in choose_detection({}, 500, 640, 16, 1024, gpu).items()}
+    few = {n: c.value for n, c in choose_detection({}, 500, 400, 16, 1024, gpu).items()}
     assert (few["image_size"], few["batch_size"], few["epochs"], few["layer_decay"]) == (640, 16, 200, 0.8)
     cpu = Hardware("cpu", "a CPU", 8 * 10**9, 2, False)
     slow = {n: c.value for n, c in choose_detection({}, 80, 640, 8, 192, cpu).items()}
-    assert (slow["image_size"], slow["batch_size"], slow["epochs"], slow["head_channels"]) == (256, 4, 50, 64)
+    assert (slow["image_size"], slow["batch_size"], slow["epochs"], slow["head_channels"]) == (224, 4, 50, 64)

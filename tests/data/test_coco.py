@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from lomar.data.coco import CocoImages, detection_data, judging_images
+from lomar.data.coco_json import NO_AREA
 from lomar.errors import UserError
 
 HEIGHT, WIDTH = 31, 37
@@ -227,7 +228,7 @@ def test_boxes_labels_areas_and_crowds(tmp_path: Path) -> None:
     assert found.boxes.tolist() == [[1.5, 2, 4.5, 6], [30, 20, WIDTH, HEIGHT], [1, 1, 6, 6]]
     assert found.boxes.dtype == np.float32
     assert found.labels.tolist() == [1, 0, 0] and found.labels.dtype == np.int64
-    assert found.areas.tolist() == [9.5, 10_000, 100]
+    assert found.areas.tolist() == [9.5, NO_AREA, 100]
     assert found.crowd.tolist() == [False, False, True]
     assert images.sizes.tolist() == [[HEIGHT, WIDTH]] * 2
     assert images.instance_counts().tolist() == [0, 2]

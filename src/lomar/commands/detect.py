@@ -194,6 +194,9 @@ class Evaluation:
         """How a detector on the device does, of which each process looks at a share; None but in the first process."""
         settled, val = self.settled, self.settled.val
         assert val is not None
+        if self.fabric.world_size > 1:
+            for buffer in detector.buffers():  # batch norm's are each process's own; the first one's are saved
+                torch.distributed.broadcast(buffer, 0)
         share = val.subset(share_of(len(val), self.fabric.global_rank, self.fabric.world_size))
         with self.fabric.autocast():
             found = list(
@@ -230,10 +233,10 @@ def _conclude(run: Path, settled: SettledDetection, evaluation: Evaluation, disp
             write_judgement(run, judgement, about)  # last: a run that was killed before it does all this again
             for line in summary(judgement):
                 display.say(line)
-    display.say(
-        f"the best detector is in {run / DETECTOR_FILE}, the last in {run / LAST_FILE}; to use it:\n"
-        f"    lomar detect-predict --model {run} --images DIR --out pictures"
-    )
+    where = f"the best detector is in {run / DETECTOR_FILE}, the last in {run / LAST_FILE}"
+    if settled.val is None:
+        where = f"the detector, which nothing judged, is in {run / DETECTOR_FILE}"
+    display.say(f"{where}; to use it:\n    lomar detect-predict --model {run} --images DIR --out pictures")
 
 
 def course_of(settled: SettledDetection) -> Course:

@@ -1,6 +1,7 @@
 """`lomar detect-predict`: objects in images, as COCO results and as pictures."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -44,6 +45,7 @@ def command(given: Mapping[str, Any]) -> int:
     options = DetectPredictOptions(**given)
     out = Path(options.out)
     make_folder(out, (RESULTS_FILE, PICTURES), options.overwrite)
+    shutil.rmtree(out / PICTURES, ignore_errors=True)  # of an earlier call, which --overwrite replaces
     session = DetectingSession(options.model, options.image_size, options.device, options.precision)
     source = images_named(options.images)
     names = _names(source)

@@ -133,9 +133,10 @@ def _ground_truth(images: CocoImages, masks: bool) -> dict[str, Any]:
                 "image_id": image_id,
                 "category_id": int(objects.labels[place]) + 1,
                 "bbox": [left, top, right - left, bottom - top],
-                "area": float(objects.areas[place]),
                 "iscrowd": int(objects.crowd[place]),
             }
+            if objects.areas[place] >= 0:  # else judging takes the segmentation's, or the box's
+                annotation["area"] = float(objects.areas[place])
             if masks:
                 annotation["segmentation"] = rle_of(_as_coco(objects, place), (height, width))
             annotations.append(annotation)

@@ -46,7 +46,7 @@ class Instances:
         segmentations: of each object its polygons, float32 (points, 2) of x and y in pixels; or an uncompressed RLE as
             COCO has it, {"size": [height, width], "counts": uint32 array}; or None without masks.
         crowd: bool (n,), whether it is a group that was not told apart.
-        areas: float32 (n,), in pixels, as the file has them.
+        areas: float32 (n,), in pixels, as the file has them; `coco_json.NO_AREA` where it does not say.
     """
 
     boxes: np.ndarray

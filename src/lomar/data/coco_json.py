@@ -19,6 +19,7 @@ import numpy as np
 from lomar.errors import UserError
 
 _ENDLESS = 2.0**60  # and more; such numbers are no pixels
+NO_AREA = -1.0  # of an object whose area the file does not say
 _NO_MASK, _BAD_POLYGONS, _POLYGONS, _RUNS = range(4)  # what an annotation has for a mask
 
 Id = int | str
@@ -32,7 +33,7 @@ class Table:
         boxes: float32 (M, 4).
         labels: int64 (M,).
         crowd: bool (M,).
-        areas: float32 (M,).
+        areas: float32 (M,), `NO_AREA` where the file does not say.
         polygons: int64 (M, 2), first and end among the polygons.
         runs: int64 (M, 2), first and end in `run_lengths`.
         points: float32 (points, 2) of all polygons.
@@ -238,8 +239,9 @@ class _Packing:
         if min(box[2:]) < 0:
             raise ValueError(f"its bbox is {_short(box)}, of a negative size; it is left, top, width, height")
         area = told.get("area")
-        area = box[2] * box[3] if area is None else area
-        if type(area) not in (int, float) or not 0 <= area < _ENDLESS:
+        if area is None:
+            area = NO_AREA
+        elif type(area) not in (int, float) or not 0 <= area < _ENDLESS:
             raise ValueError(f"its area is {_short(area)}")
         if type(crowd) not in (int, float, bool):
             raise ValueError(f"its iscrowd is {_short(crowd)}")

@@ -26,7 +26,7 @@ def detector_adamw(
 ) -> torch.optim.AdamW:
     """AdamW over a detector; a group's `lr_scale` is layer_decay^(depth + 1 - layer).
 
-    ViTDet spares the encoder's norms and table of positions from decay, and nothing else; the ViTAE repository spares
+    ViTDet spares norms, but for those of maps, and the table of positions; the ViTAE repository spares
     all that has one dimension and all tables of positions. LoMaR's contextual tables count as relative positions.
 
     Args:
@@ -40,7 +40,7 @@ def detector_adamw(
     norms = {
         id(parameter)
         for module in detector.modules()
-        if isinstance(module, nn.LayerNorm) and not isinstance(module, LayerNorm2d)
+        if isinstance(module, nn.LayerNorm | nn.BatchNorm2d) and not isinstance(module, LayerNorm2d)
         for parameter in module.parameters(recurse=False)
     }
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
