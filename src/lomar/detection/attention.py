@@ -95,6 +95,8 @@ def folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, e
     one_hot = torch.cat([F.one_hot(at[:, axis], extent[axis]) for axis in (0, 1)], dim=1).to(k.dtype)
     keys = torch.cat([k, one_hot.expand(*k.shape[:2], -1, -1)], dim=-1)
     queries = torch.cat([q * q.shape[-1] ** -0.5, by_row, by_column], dim=-1)
+    lacking = -queries.shape[-1] % 8  # which the fast kernels ask for
+    keys, queries = F.pad(keys, (0, lacking)), F.pad(queries, (0, lacking))
     return F.scaled_dot_product_attention(queries, keys, v, scale=1.0)
 
 
