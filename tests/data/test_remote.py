@@ -292,6 +292,12 @@ def prepared(server: Server, tmp_path: Path) -> str:
     return f"{server.address}/small"
 
 
+def test_tar_files_of_prepared_folders_given_together_need_not_be_counted(server: Server, prepared: str) -> None:
+    """`lomar prepare` tells beside them what each holds."""
+    source = open_source(f"{prepared}/shard-{{000000..000001}}.tar")
+    assert len(source) == 8 and server.tars_got() == []
+
+
 def test_a_prepared_folder_at_an_address_is_read_by_its_index(server: Server, prepared: str) -> None:
     source = open_source(prepared)
     assert source.name(6) == f"{prepared}/shard-000001.tar/val/b/6.png"

@@ -23,7 +23,7 @@ import numpy as np
 from lomar.data.addresses import COMPRESSED, has_braces, has_wildcards, shown, tars_and_inside, without_braces
 from lomar.data.cache import check_writable, kept_index, key_of, tell
 from lomar.data.fetching import RemoteShard, at_once, forgive, listed, shard_at, text_at, texts_at
-from lomar.data.shards import INDEX_FILE, Members, Shard, ShardGroups, grouped, parsed_index, read_part
+from lomar.data.shards import INDEX_FILE, SIZES_FILE, Members, Shard, ShardGroups, grouped, parsed_index, read_part
 from lomar.data.sources import ENDINGS, ImageSource
 from lomar.data.tars import FORMAT, TarIndex, scan
 from lomar.errors import UserError
@@ -475,7 +475,7 @@ def _told_counts(shards: Sequence[RemoteShard]) -> list[int | None]:
     Raises:
         OSError: a server fails.
     """
-    lists = [_beside(shard, "sizes.json") for shard in shards]
+    lists = [_beside(shard, SIZES_FILE) for shard in shards]
     different = sorted(set(lists))
     held = dict(zip(different, map(_json, texts_at(different)), strict=True))
     names = [shard.path.partition("?")[0].rpartition("/")[2] for shard in shards]

@@ -18,9 +18,19 @@ from typing import IO, Any
 
 import numpy as np
 
-from lomar.data.shards import INDEX_FILE, JOURNAL_FILE, SHARD_NAME, Index, Members, Shard, sha256_of, write_index
+from lomar.data.shards import (
+    INDEX_FILE,
+    JOURNAL_FILE,
+    SHARD_NAME,
+    SIZES_FILE,
+    Index,
+    Members,
+    Shard,
+    sha256_of,
+    write_index,
+)
 from lomar.errors import UserError
-from lomar.files import locked
+from lomar.files import locked, write_atomically
 
 _BLOCK = 512  # bytes: of a tar file everything is padded to whole ones
 _RECORD = 20 * _BLOCK  # and the file to whole ones of these
@@ -192,7 +202,7 @@ class ShardWriter:
         self._next.bad.append((number, reason))
 
     def finish(self, count: int, settings: dict[str, Any], path: Callable[[int], bytes], version: str) -> Index:
-        """The last shard, and the index.
+        """The last shard, what WebDataset wants to know of them, and the index.
 
         Args:
             count: images of all.
@@ -214,6 +224,9 @@ class ShardWriter:
             ends[place] = len(blob)
         members = Members(tuple(self.shards), shard.astype(np.int32), offset, size)
         index = Index(settings, bytes(blob), ends, members, version)
+        counts = np.bincount(members.shard, minlength=len(self.shards)).tolist()
+        sizes = json.dumps({SHARD_NAME.format(number): images for number, images in enumerate(counts)}, indent=0)
+        write_atomically(self.folder / SIZES_FILE, lambda temporary: temporary.write_text(sizes + "\n"))
         write_index(self.folder, index)
         _sync_folder(self.folder)
         self.close()
@@ -365,7 +378,7 @@ def delete_shards(folder: Path, kept: Iterable[str] = ()) -> None:
         OSError: they cannot be deleted.
     """
     found = [path for pattern in _ALL_SHARDS for path in folder.glob(pattern) if path.name not in kept]
-    for path in (folder / INDEX_FILE, folder / "bad_files.txt", *found):
+    for path in (folder / INDEX_FILE, folder / SIZES_FILE, folder / "bad_files.txt", *found):
         path.unlink(missing_ok=True)
 
 

@@ -29,6 +29,7 @@ from lomar.files import write_atomically
 
 INDEX_FILE = "index.safetensors"
 JOURNAL_FILE = "unfinished.jsonl"
+SIZES_FILE = "sizes.json"  # WebDataset's: images of each shard, {"shard-000000.tar": 2840, ...}
 SHARD_NAME = "shard-{:06d}.tar"
 FORMAT = 1
 _METADATA = "lomar_shards"
