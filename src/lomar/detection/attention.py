@@ -12,16 +12,17 @@ from lomar.model.attention import (
     Relation,
     attend,
     backend_for,
-    contextual_bias,
-    may_be_fused,
     recomputed,
 )
 from lomar.model.positions import (
+    CLS_BUCKET,
+    REACH,
+    SIDE,
     ContextualPosition,
     Grid,
     RelativeBias,
-    contextual_buckets,
     grid_coordinates,
+    piecewise_index,
     relative_index,
     resize_bias,
 )
@@ -64,11 +65,6 @@ class DecomposedPosition(nn.Module):
         by_column = torch.einsum("rhyxd,xjd->rhyxj", q, _vectors(self.rel_pos_w, columns).to(q.dtype))
         return by_row.flatten(2, 3), by_column.flatten(2, 3)
 
-    def forward(self, q: Tensor, extent: Grid) -> Tensor:
-        """b of queries (R, heads, H * W, d): (R, heads, H * W, H * W)."""
-        by_row, by_column = self.along(q, extent)
-        return (by_row[..., :, None] + by_column[..., None, :]).flatten(-2)
-
 
 def _vectors(table: Tensor, side: int) -> Tensor:
     """(2 S - 1, d) vectors of distances -> (side, side, d) of query and key; interpolated where `side` is not S."""
@@ -98,6 +94,40 @@ def folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, e
     lacking = -queries.shape[-1] % 8  # which the fast kernels ask for
     keys, queries = F.pad(keys, (0, lacking)), F.pad(queries, (0, lacking))
     return F.scaled_dot_product_attention(queries, keys, v, scale=1.0)
+
+
+def contextual_on_grid(q: Tensor, table: Tensor, extent: Grid, along: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """LoMaR's contextual bias of the patches of a grid, by small matrix products in the place of looking it up.
+
+    What a query finds depends on the row index and the column index of a key, each of which takes one of 7 values: a
+    product picks the rows, another one the columns. What a decomposed position finds is added on the way, where it
+    costs nothing.
+
+    Args:
+        q: (R, heads, H * W, d).
+        table: (d, buckets), of `ContextualPosition`.
+        extent: (H, W).
+        along: what `DecomposedPosition.along` gives, or None.
+
+    Returns:
+        (R, heads, H * W, H * W): `contextual_bias` without cls, and the decomposed one.
+    """
+    of_rows, of_columns = (_picked(side, q) for side in extent)  # (H, H, 7) and (W, W, 7): query, key, index
+    found = (q @ table[:, :CLS_BUCKET].to(q.dtype)).unflatten(-1, (SIDE, SIDE)).unflatten(2, extent)
+    left = torch.einsum("rhyxab,yja->rhyxjb", found, of_rows).flatten(2, 3)  # (R, heads, H * W, H, 7)
+    right = of_columns.transpose(1, 2).repeat(extent[0], 1, 1).expand(*q.shape[:2], -1, -1, -1)  # (R, heads, H * W, 7, W)
+    if along is not None:
+        by_row, by_column = along
+        left = torch.cat([left + by_row[..., None], torch.ones_like(left[..., :1])], dim=-1)
+        right = torch.cat([right, by_column[..., None, :]], dim=-2)
+    return (left @ right).flatten(-2)
+
+
+def _picked(side: int, like: Tensor) -> Tensor:
+    """(side, side, 7): the index of each distance along an axis, as one-hot."""
+    of_distance = torch.tensor([piecewise_index(delta) + REACH for delta in range(1 - side, side)], device=like.device)
+    at = torch.arange(side, device=like.device)
+    return F.one_hot(of_distance[at[:, None] - at + side - 1], SIDE).to(like.dtype)
 
 
 class GridAttention(Attention):
@@ -151,9 +181,7 @@ class GridAttention(Attention):
         assert extent is not None
         at = grid_coordinates(self.window, self.window, coordinates.device)[None] if self.window else coordinates
         index = None
-        if self.rpe is not None:
-            index = None if may_be_fused(at.device) and self.rel_pos is None else contextual_buckets(at.int())
-        elif self.rel_pos_bias is not None:
+        if self.rel_pos_bias is not None:
             index = relative_index(at, self._covered(self._own(extent)))[:, 1:, 1:]
         return Places(at.int(), index, extent)
 
@@ -180,15 +208,12 @@ class GridAttention(Attention):
     def mixed(self, q: Tensor, k: Tensor, v: Tensor, relation: Relation, first: int) -> Tensor:
         """(R, heads, N, d), without a bias being written out where it would be large."""
         assert isinstance(relation, Places) and relation.extent is not None
-        if self.rpe is not None and self.rel_pos is None:
-            name = backend_for(q, k.shape[-2])
-            if name == "products" and k.shape[-2] > KEPT_TOKENS:  # a GPU without the kernels
-                name = "recomputed"
-            return BACKENDS[name](q, k, v, self.rpe.table, relation, first)
+        if self.rpe is not None and self.rel_pos is None and backend_for(q, k.shape[-2]) == "fused":
+            return BACKENDS["fused"](q, k, v, self.rpe.table, relation, first)
         if self.rel_pos is not None and self.rpe is None and self.rel_pos_bias is None and q.device.type != "cpu":
             own = self._own(relation.extent)
             return folded(q, k, v, *self.rel_pos.along(q, own), own)
-        if k.shape[-2] > KEPT_TOKENS and (self.rel_pos is not None or self.rel_pos_bias is not None):
+        if k.shape[-2] > KEPT_TOKENS and any((self.rpe, self.rel_pos, self.rel_pos_bias)):
             return recomputed(q, k, v, lambda few, row, heads: self._some_bias(few, relation, heads))
         bias = self._bias_of(q, relation, slice(None))
         return attend(q, k, v, bias if bias is None else bias.to(q.dtype))
@@ -212,15 +237,16 @@ class GridAttention(Attention):
         assert places.extent is not None
         own = self._own(places.extent)
         parts = []
+        along = None if self.rel_pos is None else self.rel_pos.along(q, own)
         if self.rpe is not None:
-            assert places.buckets is not None
-            parts.append(contextual_bias(q, self.rpe.table, places.buckets))
+            parts.append(contextual_on_grid(q, self.rpe.table, own, along))
         if self.rel_pos_bias is not None:
             assert places.buckets is not None
             table = resize_bias(self.rel_pos_bias.table, self.rel_pos_bias.grid, self._covered(own))
             parts.append(table[:, heads][places.buckets].permute(0, 3, 1, 2))
-        if self.rel_pos is not None:
-            parts.append(self.rel_pos(q, own))
+        if along is not None and self.rpe is None:
+            by_row, by_column = along
+            parts.append((by_row[..., :, None] + by_column[..., None, :]).flatten(-2))
         return sum(parts[1:], parts[0]) if parts else None
 
 
