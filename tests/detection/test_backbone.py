@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lomar.detection.attention import GridAttention, folded, from_windows, to_windows
+from lomar.detection.attention import GridAttention, contextual_on_grid, folded, from_windows, to_windows
 from lomar.detection.backbone import LEVELS, Backbone, SimplePyramid, global_blocks
 from lomar.detection.frameworks import FRAMEWORKS, Framework
 from lomar.model import Encoder
-from lomar.model.positions import grid_coordinates
+from lomar.model.attention import contextual_bias
+from lomar.model.positions import contextual_buckets, grid_coordinates
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -162,6 +163,15 @@ def test_without_kernels_a_gpu_keeps_no_weights_of_long_sequences(monkeypatch: p
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         attention(4 * filler(2, 36, 48, j=5), relation)
     assert max(kept) < 2 * 3 * 36 * 36
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+@settings(deadline=None, max_examples=20)
+def test_contextual_position_by_products_is_what_is_looked_up(rows: int, columns: int) -> None:
+    """The pretraining's own bias judges, at any grid."""
+    q, table = filler(2, 3, rows * columns, 8, j=1), filler(8, 50, j=2)
+    buckets = contextual_buckets(grid_coordinates(rows, columns)[None])
+    torch.testing.assert_close(contextual_on_grid(q, table, (rows, columns)), contextual_bias(q, table, buckets))
 
 
 def test_folded_into_the_product_a_decomposed_position_is_the_same() -> None:

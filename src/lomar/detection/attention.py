@@ -115,7 +115,8 @@ def contextual_on_grid(q: Tensor, table: Tensor, extent: Grid, along: tuple[Tens
     of_rows, of_columns = (_picked(side, q) for side in extent)  # (H, H, 7) and (W, W, 7): query, key, index
     found = (q @ table[:, :CLS_BUCKET].to(q.dtype)).unflatten(-1, (SIDE, SIDE)).unflatten(2, extent)
     left = torch.einsum("rhyxab,yja->rhyxjb", found, of_rows).flatten(2, 3)  # (R, heads, H * W, H, 7)
-    right = of_columns.transpose(1, 2).repeat(extent[0], 1, 1).expand(*q.shape[:2], -1, -1, -1)  # (R, heads, H * W, 7, W)
+    right = of_columns.transpose(1, 2).repeat(extent[0], 1, 1)  # (H * W, 7, W)
+    right = right.expand(*q.shape[:2], -1, -1, -1)
     if along is not None:
         by_row, by_column = along
         left = torch.cat([left + by_row[..., None], torch.ones_like(left[..., :1])], dim=-1)
