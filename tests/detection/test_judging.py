@@ -12,7 +12,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from lomar.detection.judging import Judgement, has_masks, judge, rows_of, summary, write_categories
+from lomar.detection.judging import Judgement, judge, rows_of, summary, write_categories
 from lomar.detection.results import rle_of
 from lomar.errors import UserError
 
@@ -256,12 +256,6 @@ def test_an_annotation_of_nothing_is_told() -> None:
         judge(truth(without(without(annotation(8, LARGE), "segmentation"), "bbox")), [], ("bbox",))
     with pytest.raises(ValueError, match=r"kinds are \('boxes',\); they can be bbox and segm"):
         judge(truth(), [], ("boxes",))
-
-
-def test_whether_there_are_masks() -> None:
-    assert has_masks(truth(annotation(1, LARGE))) and has_masks(truth())
-    assert not has_masks(truth(annotation(1, LARGE), annotation(2, LARGE, segmentation=[])))
-    assert not has_masks(truth(without(annotation(1, LARGE), "segmentation")))
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:

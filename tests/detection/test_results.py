@@ -14,8 +14,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from lomar.detection.results import Found, coco_results, mask_to_rle, read_results, rle_of, write_results
-from lomar.errors import UserError
+from lomar.detection.results import Found, coco_results, mask_to_rle, rle_of, write_results
 
 SIZE = (97, 131)  # height, width
 
@@ -185,7 +184,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     results = coco_results("é", found(), [7, 90])
     for some in (results, []):
         write_results(tmp_path / "r.json", some)
-        assert read_results(tmp_path / "r.json") == some
+        assert json.loads((tmp_path / "r.json").read_text()) == some
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
 
 
@@ -193,39 +192,4 @@ def test_a_failed_writing_leaves_the_old_file(tmp_path: Path) -> None:
     write_results(tmp_path / "r.json", [])
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_results(tmp_path / "r.json", [{"score": float("nan")}])
-    assert read_results(tmp_path / "r.json") == []
-
-
-GOOD = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "No such file or directory"),
-        ("[", "is not JSON: Expecting value"),
-        ("[" * 100_000, "is not JSON"),
-        ({"images": [], "annotations": []}, "these are annotations; results are a list with image_id"),
-        (5, "this is 5; results are a list"),
-        ([GOOD, 5], "result 2 of 2 is 5, not an object"),
-        ([{**GOOD, "score": None}], "result 1 of 1 has null as score; it must be a number"),
-        ([{**GOOD, "score": float("nan")}], "has NaN as score; it must be a number"),
-        ([{**GOOD, "score": True}], "has true as score"),
-        ([{**GOOD, "image_id": 1.5}], "has 1.5 as image_id; it must be a whole number or text"),
-        ([{"bbox": [0, 0, 5, 5]}], "has no image_id"),
-        ([{"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}], "has no score; are these annotations instead"),
-        ([{"image_id": 1, "category_id": 1, "score": 1}], "has neither bbox nor segmentation"),
-        ([{**GOOD, "bbox": [0, 0, 5]}], "has a bbox that is not four numbers: x, y, width, height"),
-        ([{**GOOD, "bbox": [0, 0, -5, 5]}], "has a bbox of width -5 and height 5; they must not be negative"),
-        ([{**GOOD, "segmentation": "x"}], "has a segmentation that is neither a run-length code"),
-        ([{**GOOD, "segmentation": {"size": 5, "counts": "x"}}], "has a segmentation that is neither"),
-    ],
-)
-def test_what_is_not_results_is_refused_in_one_line(text: object, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    if text is not None:
-        path.write_text(text if isinstance(text, str) else json.dumps(text))
-    with pytest.raises(UserError) as caught:
-        read_results(path)
-    assert message in str(caught.value) and str(caught.value).startswith(str(path))
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+    assert json.loads((tmp_path / "r.json").read_text()) == []

@@ -74,11 +74,6 @@ class Judgement:
     found: int
 
 
-def has_masks(ground_truth: dict[str, Any]) -> bool:
-    """Whether every annotation has a segmentation that is not empty, so that masks can be judged."""
-    return all(annotation.get("segmentation") for annotation in ground_truth["annotations"])
-
-
 def judge(
     ground_truth: dict[str, Any],
     results: Sequence[Result],
@@ -95,7 +90,7 @@ def judge(
 
     Args:
         ground_truth: COCO's annotations: images, annotations, categories.
-        results: as `coco_results` makes and `read_results` reads them; may be empty.
+        results: as `coco_results` makes them; may be empty.
         kinds: "bbox" and "segm", or one of them.
         fast: by faster-coco-eval, else by pycocotools; the values are equal. None takes the first where installed.
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from lomar.errors import UserError
 from lomar.files import write_atomically
 
 Rle = dict[str, Any]
@@ -186,70 +185,3 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
             file.write("\n]\n")
 
     write_atomically(path, write)
-
-
-def read_results(path: Path) -> list[Result]:
-    """The results in a file; those of other tools too, whether they have boxes, masks or both.
-
-    Raises:
-        UserError: it cannot be read or is not COCO's results; names the first that is wrong, counted from 1.
-    """
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(told, list):
-        annotations = isinstance(told, dict) and "annotations" in told
-        what = "these are annotations" if annotations else f"this is {_named(told)}"
-        raise UserError(f"{path}: {what}; results are a list with image_id, category_id, score and bbox of each object")
-    for number, result in enumerate(told, start=1):
-        wrong = _fault(result)
-        if wrong:
-            raise UserError(f"{path}: result {number} of {len(told)} {wrong}")
-    return told
-
-
-def _fault(result: object) -> str | None:
-    """What is wrong with one result, to follow its number; None if it is right."""
-    if not isinstance(result, dict):
-        return f"is {_named(result)}, not an object"
-    for key in ("image_id", "category_id"):
-        if key not in result:
-            return f"has no {key}"
-        if isinstance(result[key], bool) or not isinstance(result[key], int | str):
-            return f"has {_named(result[key])} as {key}; it must be a whole number or text"
-    if "score" not in result:
-        return "has no score; are these annotations instead of results?"
-    if not _is_number(result["score"]):
-        return f"has {_named(result['score'])} as score; it must be a number"
-    if "bbox" not in result and "segmentation" not in result:
-        return "has neither bbox nor segmentation"
-    box = result.get("bbox", [0, 0, 0, 0])
-    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
-        return "has a bbox that is not four numbers: x, y, width, height"
-    if min(box[2:]) < 0:
-        return f"has a bbox of width {box[2]} and height {box[3]}; they must not be negative"
-    segmentation = result.get("segmentation", [])
-    is_code = (
-        isinstance(segmentation, dict)
-        and isinstance(segmentation.get("counts"), str | list)
-        and isinstance(segmentation.get("size"), list)
-    )
-    if not is_code and not isinstance(segmentation, list):
-        return "has a segmentation that is neither a run-length code of size and counts nor polygons"
-    return None
-
-
-def _is_number(value: object) -> bool:
-    """Whether it is a finite number; JSON's true is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
-def _named(value: object) -> str:
-    """What a value of JSON is, in words."""
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    shown = json.dumps(value, ensure_ascii=False)
-    return shown if len(shown) <= 40 else shown[:39] + "…"
