@@ -24,6 +24,7 @@ def measured(asked: argparse.Namespace, position: str, decomposed: bool) -> dict
     import torch
 
     from lomar.benchmark.memory import PeakMemory
+    from lomar.commands.detect_plan import made_up
     from lomar.detection.detector import Detector, DetectorPlan
     from lomar.detection.optim import detector_adamw
     from lomar.model import Encoder
@@ -48,18 +49,7 @@ def measured(asked: argparse.Namespace, position: str, decomposed: bool) -> dict
     detector = Detector(plan).to(device)
     detector.backbone.grad_checkpointing = asked.grad_checkpointing
     optimizer = detector_adamw(detector, 0.1, (0.9, 0.999), 0.7)
-    count = 7 * asked.images
-    corners = torch.rand(count, 2, 2).sort(dim=1).values * (side - 8)
-    given = {
-        "pixels": torch.randint(0, 256, (asked.images, 3, side, side), dtype=torch.uint8),
-        "sizes": torch.full((asked.images, 2), side),
-        "boxes": torch.cat([corners[:, 0], corners[:, 1] + 8], dim=1),
-        "labels": torch.arange(count) % 80,
-        "counts": torch.full((asked.images,), 7),
-        "seeds": torch.arange(asked.images),
-        "masks": torch.ones(count, side, side, dtype=torch.uint8),
-    }
-    inputs = {name: tensor.to(device) for name, tensor in given.items()}
+    inputs = made_up(plan, asked.images, device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):

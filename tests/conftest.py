@@ -61,11 +61,11 @@ def miniature() -> Iterator[None]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations draw nothing: most of the time of a small run."""
-    from lomar.commands import evaluation, pretrain
+    from lomar.commands import course, evaluation
 
     monkeypatch.setattr(evaluation.Evaluation, "_pictures", lambda self, step: None)
     monkeypatch.setattr(evaluation, "learning_curves", lambda rows, path: None)
-    monkeypatch.setattr(pretrain, "learning_curves", lambda rows, path: None)
+    monkeypatch.setattr(course, "learning_curves", lambda rows, path: None)
 
 
 @pytest.fixture
@@ -208,13 +208,13 @@ multiprocessing.set_start_method("fork", force=True)  # for its workers: as in a
 target = os.open({str(errors)!r}, os.O_CREAT | os.O_WRONLY)
 os.dup2(target, 1), os.dup2(os.dup(target), 2)
 import torch
-import lomar.commands.evaluation as evaluation, lomar.commands.pretrain as pretrain
+import lomar.commands.course as course, lomar.commands.evaluation as evaluation
 from lomar.cli import main
 from lomar.training.loop import Trainer
 torch.set_num_threads(1)
 if not {pictures}:
     evaluation.Evaluation._pictures = lambda self, step: None
-    evaluation.learning_curves = pretrain.learning_curves = lambda rows, path: None
+    evaluation.learning_curves = course.learning_curves = lambda rows, path: None
 step = Trainer._step
 def slow_step(self, batches):
     time.sleep(0.05)

@@ -33,7 +33,7 @@ def detect(
     lomar: Command, shapes: Path, finished_run: Path, miniature: None, monkeypatch: pytest.MonkeyPatch
 ) -> Command:
     """Train a small detector in a folder, without curves; the words given win over `SETTINGS`."""
-    from lomar.commands import detect as module
+    from lomar.commands import course as module
 
     monkeypatch.setattr(module, "learning_curves", lambda rows, path: None)
 

@@ -52,7 +52,7 @@ def finetune(
     lomar: Command, labelled: Path, finished_run: Path, miniature: None, monkeypatch: pytest.MonkeyPatch
 ) -> Command:
     """Fine-tune the small encoder in a folder, without curves; the words given win over `SETTINGS`."""
-    from lomar.commands import finetune as module
+    from lomar.commands import course as module
 
     monkeypatch.setattr(module, "learning_curves", lambda rows, path: None)
 
@@ -380,7 +380,7 @@ def test_a_finished_run_that_was_not_judged_is_judged_on_resuming(
     finetune: Command, lomar: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And drawn: a kill may have come before the curves."""
-    monkeypatch.setattr("lomar.commands.finetune.learning_curves", lambda rows, path: path.write_text(f"{len(rows)}"))
+    monkeypatch.setattr("lomar.commands.course.learning_curves", lambda rows, path: path.write_text(f"{len(rows)}"))
     (tmp_path / "run" / "figures").mkdir(parents=True)
     assert finetune(tmp_path / "run", "--max-steps 2").status == 0
     told = (tmp_path / "run" / "evaluation.json").read_text()

@@ -19,10 +19,10 @@ Course = Callable[[Path], list[tuple[int, float, float, float]]]
 # Without pictures, as the fixture `pretrain`, in processes that share nothing with this one.
 SCRIPT = """
 import sys
-import lomar.commands.evaluation as evaluation, lomar.commands.finetune as finetune, lomar.commands.pretrain as pretrain
+import lomar.commands.course as course, lomar.commands.evaluation as evaluation
 from lomar.cli import main
 evaluation.Evaluation._pictures = lambda self, step: None
-evaluation.learning_curves = pretrain.learning_curves = finetune.learning_curves = lambda rows, path: None
+evaluation.learning_curves = course.learning_curves = lambda rows, path: None
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import lomar as package
 from lomar import files
 from lomar.cli import main
-from lomar.commands import evaluation, pretrain
+from lomar.commands import course, evaluation
 from lomar.interop.tokenizers import save_tokenizer
 from lomar.methods.recipes import RECIPES
 from lomar.methods.tokenizer import DiscreteVAE
@@ -38,7 +38,7 @@ def swift() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "flush_to_disk", lambda path: None)
         patch.setattr(evaluation.Evaluation, "_pictures", lambda self, step: None)
-        for module in (evaluation, pretrain):
+        for module in (evaluation, course):
             patch.setattr(module, "learning_curves", lambda rows, path: None)
         yield
     torch.set_num_threads(threads)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
+from lomar.commands.course import carry_out, course_of
 from lomar.commands.detect_plan import rehearse
 from lomar.commands.detect_settling import LAST_FILE, SettledDetection, settle, settle_again
 from lomar.commands.detecting import CATEGORIES_FILE, draw_judged, found_in, judged, results_of, write_judgement
@@ -19,11 +20,10 @@ from lomar.detection.detector import Detector
 from lomar.detection.judging import Judgement, rows_of, summary
 from lomar.detection.optim import detector_adamw
 from lomar.errors import UserError
-from lomar.figures.curves import learning_curves
 from lomar.interop.detectors import DETECTOR_FILE, load_detector, save_detector
 from lomar.options import DetectOptions, converted
 from lomar.training.checkpoint import FOLDER
-from lomar.training.loop import Course, Trainer
+from lomar.training.loop import Trainer
 from lomar.training.optim import StepSchedule
 from lomar.training.processes import make_fabric, said_by_all
 from lomar.training.records import Display, Metrics, Row
@@ -99,7 +99,8 @@ def _train(
     fabric: Fabric, run: Path, settled: SettledDetection, detector: Detector, display: Display, stop: StopRequest
 ) -> int:
     options = settled.options
-    course = course_of(settled)
+    fingerprint = settled.train.fingerprint()
+    course = course_of(options, len(settled.train), fingerprint, schedule_of(settled), EVALUATIONS)
 
     def batches(first_step: int) -> Generator[MicroBatch, None, None]:
         return detection_batches(
@@ -128,25 +129,13 @@ def _train(
             save_detector(run / DETECTOR_FILE, detector)
 
     trainer = Trainer(fabric, detector, optimizer, course, batches, run, display, export, evaluation)
-    trainer.restore()
-    if trainer.finished:
-        display.say(f"the run in {run} is finished: {trainer.progress.step} steps")
-        if fabric.broadcast(not (run / EVALUATION_FILE).exists()):  # it was killed before it could say so
-            _conclude(run, settled, evaluation, display)
-        return 0
-    if trainer.progress.step == 0:
-        trainer.save()  # from here on the run can be loaded and resumed
-    try:
-        finished = trainer.run(stop)
-    finally:
-        trainer.close()
-    if fabric.is_global_zero:
-        learning_curves(Metrics.read(run / "metrics.jsonl"), run / "figures" / "curves.png")
-    if not finished:
-        display.say(f"stopped after step {trainer.progress.step}; go on with: lomar detect --out {run} --resume")
-        return 128 + stop.signal_number
-    _conclude(run, settled, evaluation, display)
-    return 0
+    return carry_out(
+        trainer,
+        "detect",
+        stop,
+        conclude=lambda: _conclude(run, settled, evaluation, display),
+        concluded=run / EVALUATION_FILE,
+    )
 
 
 class Evaluation:
@@ -237,26 +226,6 @@ def _conclude(run: Path, settled: SettledDetection, evaluation: Evaluation, disp
     if settled.val is None:
         where = f"the detector, which nothing judged, is in {run / DETECTOR_FILE}"
     display.say(f"{where}; to use it:\n    lomar detect-predict --model {run} --images DIR --out pictures")
-
-
-def course_of(settled: SettledDetection) -> Course:
-    """What a run does and how often it looks up."""
-    options, count, total = settled.options, len(settled.train), settled.total_steps
-    steps_per_epoch = count / options.batch_size
-    every = options.eval_every * steps_per_epoch if options.eval_every else max(steps_per_epoch, total / EVALUATIONS)
-    return Course(
-        total_steps=total,
-        images=count,
-        batch_size=options.batch_size,
-        fingerprint=settled.train.fingerprint(),
-        schedule=schedule_of(settled),
-        clip_grad=options.clip_grad,
-        checkpoint_steps=options.checkpoint_steps,
-        checkpoint_minutes=options.checkpoint_minutes,
-        evaluation_steps=max(1, round(every)),
-        evaluation_forced=options.eval_every is not None,
-        max_bad_share=options.max_bad_share,
-    )
 
 
 def schedule_of(settled: SettledDetection) -> StepSchedule:

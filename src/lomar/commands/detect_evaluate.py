@@ -12,17 +12,16 @@ from lomar.commands.detecting import (
     DetectingSession,
     draw_judged,
     judged,
-    make_folder,
     results_of,
     write_judgement,
 )
-from lomar.commands.judging import EVALUATION_FILE
-from lomar.commands.runs import CONFIG_FILE
+from lomar.commands.judging import EVALUATION_FILE, make_folder
+from lomar.commands.runs import options_of
 from lomar.data.coco import judging_images
 from lomar.detection.judging import Judgement, rows_of, summary
 from lomar.detection.results import write_results
 from lomar.errors import UserError
-from lomar.options import DetectEvaluateOptions, DetectOptions, converted, read_config
+from lomar.options import DetectEvaluateOptions, DetectOptions, converted
 
 PICTURE = "detections.png"
 
@@ -52,7 +51,8 @@ def _judged(given: Mapping[str, Any], say: Callable[[str], object]) -> Judgement
     options = DetectEvaluateOptions(**given)
     out = Path(options.out) if options.out else None
     if out:
-        make_folder(out, (EVALUATION_FILE, CATEGORIES_FILE, RESULTS_FILE, PICTURE), options.overwrite)
+        files = (EVALUATION_FILE, CATEGORIES_FILE, RESULTS_FILE, PICTURE)
+        make_folder(out, {name: name for name in files}, options.overwrite)
     session = DetectingSession(options.model, options.image_size, options.device, options.precision)
     plan = session.detector.plan
     images, kept_apart = judging_images(
@@ -94,12 +94,7 @@ def _judged(given: Mapping[str, Any], say: Callable[[str], object]) -> Judgement
 
 def _learnt_from(options: DetectEvaluateOptions) -> bool:
     """Whether a run was trained on just these images, and no others judged it."""
-    path = Path(options.model)
-    config = (path if path.is_dir() else path.parent) / CONFIG_FILE
-    try:
-        run = read_config(str(config), DetectOptions) if config.exists() else {}
-    except UserError:  # a run of another command, or of another version
-        return False
+    run = options_of(options.model, DetectOptions)
     if not run.get("data") or run.get("val") or run.get("val_annotations"):
         return False
     learnt, asked = ((run["data"], run.get("annotations")), (options.data, options.annotations))

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lomar.benchmark.memory import PeakMemory
-from lomar.commands.detect_settling import SettledDetection
+from lomar.commands.detect_settling import SettledDetection, pixel_format
 from lomar.detection.backbone import global_blocks
-from lomar.detection.detector import Detector
+from lomar.detection.detector import Detector, DetectorPlan
 from lomar.detection.optim import detector_adamw
 from lomar.training.optim import StepSchedule
 
@@ -29,7 +29,7 @@ def rehearse(settled: SettledDetection, schedule: StepSchedule) -> list[str]:
     lines = [*done, *_shapes(detector), *_course(settled, schedule)]
     memory = PeakMemory(device)
     optimizer = detector_adamw(detector, options.weight_decay, options.betas, options.layer_decay)
-    inputs = made_up(settled, options.micro_batch, device)
+    inputs = made_up(settled.plan, options.micro_batch, device)
     took_s = []
     for _ in range(2):  # the first one fetches memory
         memory.restart()
@@ -48,15 +48,15 @@ def rehearse(settled: SettledDetection, schedule: StepSchedule) -> list[str]:
     return lines
 
 
-def made_up(settled: SettledDetection, images: int, device: torch.device) -> dict[str, Tensor]:
+def made_up(plan: DetectorPlan, images: int, device: torch.device) -> dict[str, Tensor]:
     """Inputs of a step: noise, with boxes of all sizes."""
-    side, plan = settled.options.image_size, settled.plan
+    side, fmt = plan.image_size, pixel_format(plan)
     generator = torch.Generator().manual_seed(0)
     count = OBJECTS * images
     corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values * side
     boxes = torch.cat([corners[:, 0], corners[:, 1].clamp(min=corners[:, 0] + 1)], dim=1)
-    dtype = getattr(torch, settled.fmt.dtype)
-    noise = torch.rand(images, settled.fmt.channels, side, side, generator=generator) * plan.scale
+    dtype = getattr(torch, fmt.dtype)
+    noise = torch.rand(images, fmt.channels, side, side, generator=generator) * plan.scale
     inputs = {
         "pixels": noise.to(dtype),
         "sizes": torch.full((images, 2), side),

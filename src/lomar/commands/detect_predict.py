@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from lomar.commands.detecting import RESULTS_FILE, DetectingSession, drawn, make_folder, seen
+from lomar.commands.detecting import RESULTS_FILE, DetectingSession, drawn, seen
+from lomar.commands.judging import make_folder
 from lomar.commands.predict import images_named
 from lomar.commands.runs import raise_unless_done
 from lomar.data.sources import ImageSource
@@ -44,7 +45,7 @@ def command(given: Mapping[str, Any]) -> int:
             raise UserError(f"--{name} is missing; see lomar detect-predict --help")
     options = DetectPredictOptions(**given)
     out = Path(options.out)
-    make_folder(out, (RESULTS_FILE, PICTURES), options.overwrite)
+    make_folder(out, {name: name for name in (RESULTS_FILE, PICTURES)}, options.overwrite)
     shutil.rmtree(out / PICTURES, ignore_errors=True)  # of an earlier call, which --overwrite replaces
     session = DetectingSession(options.model, options.image_size, options.device, options.precision)
     source = images_named(options.images)

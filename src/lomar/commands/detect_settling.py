@@ -10,6 +10,7 @@ import timm
 import torch
 
 from lomar.commands.automatic import Hardware, find_hardware
+from lomar.commands.course import total_steps
 from lomar.commands.detect_automatic import choose_detection
 from lomar.commands.runs import check_kind, check_new, check_processes, notes_on, stored
 from lomar.data.coco import CocoImages, detection_data
@@ -20,13 +21,12 @@ from lomar.detection.detector import Detector, DetectorPlan
 from lomar.detection.frameworks import FRAMEWORKS, Framework
 from lomar.errors import UserError
 from lomar.interop.detectors import load_detector
-from lomar.interop.models import SCRATCH, SCRATCH_PATCH, input_of, scratch
+from lomar.interop.models import SCRATCH, SCRATCH_IMAGE, SCRATCH_PATCH, input_of, pixel_type_of, scratch
 from lomar.interop.weights import load
 from lomar.model import Encoder
 from lomar.options import DetectOptions, fields_of, flag
 
 LAST_FILE = "detector-last.safetensors"  # beside the best one
-SCRATCH_IMAGE = 224
 LEAST_PATCHES = 2  # along a side: the coarser maps have half as many
 
 
@@ -77,8 +77,7 @@ class SettledDetection:
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the run."""
-        options = self.options
-        return options.max_steps or max(1, round((options.epochs or 1) * len(self.train) / options.batch_size))
+        return total_steps(self.options, len(self.train))
 
     def build(self) -> tuple[Detector, list[str]]:
         """The detector, its new parts drawn from torch's generator, and what was loaded into it."""
@@ -107,8 +106,7 @@ def _told(detector: Detector, new: list[str]) -> list[str]:
 
 def pixel_format(plan: DetectorPlan) -> PixelFormat:
     """What a detector's pixels are read as."""
-    kind = {255.0: "uint8", 65535.0: "uint16"}.get(plan.scale, "float32")
-    return PixelFormat(plan.architecture["in_chans"], kind)
+    return PixelFormat(plan.architecture["in_chans"], pixel_type_of(plan.scale))
 
 
 def settle(asked: Mapping[str, Any], run: Path) -> SettledDetection:

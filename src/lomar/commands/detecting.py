@@ -22,7 +22,7 @@ from lomar.detection.detector import Detector
 from lomar.detection.judging import Judgement, judge, rows_of, write_categories
 from lomar.detection.regions import Detected
 from lomar.detection.results import Found, Result, coco_results, mask_to_rle, rle_of
-from lomar.errors import BadImageError, UserError
+from lomar.errors import BadImageError
 from lomar.figures.detections import Objects, detections_sheet
 from lomar.files import write_atomically
 from lomar.interop.detectors import load_detector
@@ -216,20 +216,3 @@ def seen(source: ImageSource, index: int) -> NDArray[np.uint8]:
     size = image.height, image.width
     pixels = image.crop((0, 0, *size), size, PixelFormat(image.channels, "uint8"))
     return np.ascontiguousarray(pixels.repeat(3 // image.channels, axis=0).transpose(1, 2, 0))
-
-
-def make_folder(folder: Path, files: tuple[str, ...], overwrite: bool) -> None:
-    """Before the work, so that nothing is done in vain.
-
-    Raises:
-        UserError: it holds one of the files already, or cannot be written.
-    """
-    there = next((name for name in files if (folder / name).exists()), None)
-    if there and not overwrite:
-        raise UserError(f"--out {folder} already holds {there}; --overwrite replaces it")
-    if folder.is_file():
-        raise UserError(f"--out {folder} is a file; it must be a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror or error}") from error

@@ -6,12 +6,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from lomar.commands.judging import EVALUATION_FILE, Session, numbers_of, summary, write_judgement
-from lomar.commands.runs import CONFIG_FILE
+from lomar.commands.judging import EVALUATION_FILE, Session, make_folder, numbers_of, summary, write_judgement
+from lomar.commands.runs import options_of
 from lomar.data.labels import judging_images
 from lomar.downstream.classify import Judgement, judge
 from lomar.errors import UserError
-from lomar.options import EvaluateOptions, FinetuneOptions, converted, read_config
+from lomar.options import EvaluateOptions, FinetuneOptions, converted
 
 
 def evaluate(**options: Any) -> dict[str, float]:
@@ -38,7 +38,7 @@ def _judged(given: Mapping[str, Any], say: Callable[[str], object]) -> Judgement
             raise UserError(f"--{name} is missing; see lomar evaluate --help")
     options = EvaluateOptions(**given)
     if options.out:
-        _make_folder(Path(options.out), options.overwrite)
+        make_folder(Path(options.out), {EVALUATION_FILE: "an evaluation"}, options.overwrite)
     session = Session(options.model, options.image_size, options.device, options.precision)
     learnt_from = _learnt_from(options.model, options.data)
     labelled, kept_apart = judging_images(options.data, session.classes, learnt_from=learnt_from)
@@ -60,24 +60,7 @@ def _judged(given: Mapping[str, Any], say: Callable[[str], object]) -> Judgement
     return found
 
 
-def _make_folder(folder: Path, overwrite: bool) -> None:
-    """Before the work, so that nothing is judged in vain."""
-    if (folder / EVALUATION_FILE).exists() and not overwrite:
-        raise UserError(f"--out {folder} already holds an evaluation; --overwrite replaces it")
-    if folder.is_file():
-        raise UserError(f"--out {folder} is a file; it must be a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror or error}") from error
-
-
 def _learnt_from(model: str, data: str) -> bool:
     """Whether a run was fine-tuned on just these images, and no others judged it."""
-    path = Path(model)
-    config = (path if path.is_dir() else path.parent) / CONFIG_FILE
-    try:
-        run = read_config(str(config), FinetuneOptions) if config.exists() else {}
-    except UserError:  # a run of another command, or of another version
-        return False
+    run = options_of(model, FinetuneOptions)
     return bool(run.get("data")) and not run.get("val") and Path(run["data"]).resolve() == Path(data).resolve()

@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from lomar.commands.course import carry_out, cosine_schedule, course_of
 from lomar.commands.finetune_settling import LAST_FILE, SettledFinetuning, settle, settle_again
 from lomar.commands.judging import EVALUATION_FILE, judged, numbers_of, summary, write_judgement
 from lomar.commands.runs import CONFIG_FILE, asked_for, begun, goes_on, holds_run, raise_unless_done
@@ -19,13 +20,12 @@ from lomar.data.loader import MicroBatch, share_of
 from lomar.data.supervised import training_batches
 from lomar.downstream.classify import Classification, joined_judgement
 from lomar.errors import UserError
-from lomar.figures.curves import learning_curves
 from lomar.interop.weights import CLASSIFIER_FILE, load, save_classifier
 from lomar.model import Encoder
 from lomar.options import FinetuneOptions, converted
 from lomar.training.checkpoint import FOLDER
-from lomar.training.loop import Course, Trainer
-from lomar.training.optim import Schedule, layerwise_adamw
+from lomar.training.loop import Trainer
+from lomar.training.optim import layerwise_adamw
 from lomar.training.processes import make_fabric, said_by_all
 from lomar.training.records import Display, Metrics, Row
 from lomar.training.signals import StopRequest
@@ -96,11 +96,12 @@ def _train(
 ) -> int:
     options = settled.options
     micro_batch = fabric.broadcast(options.micro_batch)  # alike in all processes, whatever memory each has found
-    course = _course(options, settled.data.train)
+    train = settled.data.train
+    course = course_of(options, len(train), _fingerprint(train), cosine_schedule(options, len(train)), EVALUATIONS)
 
     def batches(first_step: int) -> Generator[MicroBatch, None, None]:
         return training_batches(
-            settled.data.train,
+            train,
             settled.fmt,
             settled.augmentation,
             settled.input.normalise,
@@ -141,25 +142,13 @@ def _train(
         average,
         compiled=options.compile == "yes",
     )
-    trainer.restore()
-    if trainer.finished:
-        display.say(f"the run in {run} is finished: {trainer.progress.step} steps")
-        if fabric.broadcast(not (run / EVALUATION_FILE).exists()):  # it was killed before it could say so
-            _draw(fabric, run)
-            _conclude(run, settled, evaluation, display)
-        return 0
-    if trainer.progress.step == 0:
-        trainer.save()  # from here on the run can be loaded and resumed
-    try:
-        finished = trainer.run(stop)
-    finally:
-        trainer.close()
-    _draw(fabric, run)
-    if not finished:
-        display.say(f"stopped after step {trainer.progress.step}; go on with: lomar finetune --out {run} --resume")
-        return 128 + stop.signal_number
-    _conclude(run, settled, evaluation, display)
-    return 0
+    return carry_out(
+        trainer,
+        "finetune",
+        stop,
+        conclude=lambda: _conclude(run, settled, evaluation, display),
+        concluded=run / EVALUATION_FILE,
+    )
 
 
 class Evaluation:
@@ -217,12 +206,6 @@ class Evaluation:
         return joined_judgement(said_by_all(self.fabric, [found]))
 
 
-def _draw(fabric: Fabric, run: Path) -> None:
-    """The curves of all that was learnt so far."""
-    if fabric.is_global_zero:
-        learning_curves(Metrics.read(run / "metrics.jsonl"), run / "figures" / "curves.png")
-
-
 def _conclude(run: Path, settled: SettledFinetuning, evaluation: Evaluation, display: Display) -> None:
     """Judge the best classifier once more, class by class, and say where everything is."""
     best = load(run / CLASSIFIER_FILE).to(evaluation.fabric.device)
@@ -244,27 +227,7 @@ def _conclude(run: Path, settled: SettledFinetuning, evaluation: Evaluation, dis
     )
 
 
-def _course(options: FinetuneOptions, train: Labelled) -> Course:
-    count = len(train)
-    steps_per_epoch = count / options.batch_size
-    total = options.max_steps or max(1, round((options.epochs or 1) * steps_per_epoch))
-    every = options.eval_every * steps_per_epoch if options.eval_every else max(steps_per_epoch, total / EVALUATIONS)
+def _fingerprint(train: Labelled) -> str:
+    """Of the images and their labels."""
     labels = hashlib.blake2b(train.labels.tobytes(), digest_size=8).hexdigest()
-    return Course(
-        total_steps=total,
-        images=count,
-        batch_size=options.batch_size,
-        fingerprint=f"{train.source.fingerprint()}-{labels}",
-        schedule=Schedule(
-            peak_lr=options.base_lr * options.batch_size / 256,
-            warmup_steps=options.warmup_epochs * steps_per_epoch,
-            total_steps=total,
-            min_lr=options.min_lr,
-        ),
-        clip_grad=options.clip_grad,
-        checkpoint_steps=options.checkpoint_steps,
-        checkpoint_minutes=options.checkpoint_minutes,
-        evaluation_steps=max(1, round(every)),
-        evaluation_forced=options.eval_every is not None,
-        max_bad_share=options.max_bad_share,
-    )
+    return f"{train.source.fingerprint()}-{labels}"

@@ -1,7 +1,7 @@
 """A classifier judged on labelled images: what is printed, written and drawn of it."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -166,3 +166,25 @@ def numbers_of(found: Judgement) -> dict[str, float]:
     """Accuracies as shares, and the loss."""
     top5 = {"top5": found.top5} if found.classes > TOP else {}
     return {"top1": found.top1, **top5, "mean_class_top1": found.balanced, "val_loss": found.loss}
+
+
+def make_folder(folder: Path, held: Mapping[str, str], overwrite: bool) -> None:
+    """The folder for what a command finds, before the work, so that nothing is done in vain.
+
+    Args:
+        folder: it.
+        held: files of an earlier call, and what they are in words.
+        overwrite: whether they may be replaced.
+
+    Raises:
+        UserError: it holds one of the files already, or cannot be written.
+    """
+    there = next((what for name, what in held.items() if (folder / name).exists()), None)
+    if there and not overwrite:
+        raise UserError(f"--out {folder} already holds {there}; --overwrite replaces it")
+    if folder.is_file():
+        raise UserError(f"--out {folder} is a file; it must be a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror or error}") from error

@@ -7,24 +7,23 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
+from lomar.commands.course import carry_out, cosine_schedule, course_of
 from lomar.commands.evaluation import Evaluation, evaluation_data
 from lomar.commands.runs import CONFIG_FILE, begun, goes_on, holds_run, raise_unless_done
 from lomar.commands.settling import TOKENIZER_FILE, Settled, asked_for_pretraining, settle, settle_again
 from lomar.data.labels import LabelledData
 from lomar.data.loader import CropPlan, MicroBatch, pretraining_batches
-from lomar.data.sources import ImageSource
 from lomar.errors import UserError
-from lomar.figures.curves import learning_curves
 from lomar.interop.initial import initialise
 from lomar.interop.tokenizers import save_tokenizer
 from lomar.interop.weights import ENCODER_FILE, RECONSTRUCTOR_FILE, save_encoder, save_reconstructor
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.options import PretrainOptions, converted
 from lomar.training.checkpoint import FOLDER, Checkpoints
-from lomar.training.loop import Course, Trainer
-from lomar.training.optim import Schedule, adamw
+from lomar.training.loop import Trainer
+from lomar.training.optim import adamw
 from lomar.training.processes import make_fabric
-from lomar.training.records import Display, Metrics
+from lomar.training.records import Display
 from lomar.training.signals import StopRequest
 
 # Everything a run may hold; --overwrite deletes these and nothing else.
@@ -102,7 +101,8 @@ def _train(
 ) -> int:
     options, composition = settled.options, settled.composition
     micro_batch = fabric.broadcast(options.micro_batch)  # alike in all processes, whatever memory each has found
-    course = _course(options, settled.source)
+    count = len(settled.source)
+    course = course_of(options, count, settled.source.fingerprint(), cosine_schedule(options, count), EVALUATIONS)
 
     def batches(first_step: int) -> Generator[MicroBatch, None, None]:
         return pretraining_batches(
@@ -143,24 +143,7 @@ def _train(
         evaluation,
         compiled=options.compile == "yes",
     )
-    trainer.restore()
-    if trainer.finished:
-        display.say(f"the run in {run} is finished: {trainer.progress.step} steps")
-        display.say(_how_to_load(run))
-        return 0
-    if trainer.progress.step == 0:
-        trainer.save()  # from here on the run can be loaded, reconstructed from and resumed
-    try:
-        finished = trainer.run(stop)
-    finally:
-        trainer.close()
-    if fabric.is_global_zero:
-        learning_curves(Metrics.read(run / "metrics.jsonl"), run / "figures" / "curves.png")
-    if not finished:
-        display.say(f"stopped after step {trainer.progress.step}; go on with: lomar pretrain --out {run} --resume")
-        return 128 + stop.signal_number
-    display.say(_how_to_load(run))
-    return 0
+    return carry_out(trainer, "pretrain", stop, conclude=lambda: display.say(_how_to_load(run)))
 
 
 def _keep_tokenizer(run: Path, settled: Settled) -> None:
@@ -172,29 +155,4 @@ def _how_to_load(run: Path) -> str:
     return (
         f"the encoder is in {run / ENCODER_FILE}; to use it:\n"
         f'    import lomar\n    encoder = lomar.load("{run}")      # a timm model; encoder(images) is (B, D)'
-    )
-
-
-def _course(options: PretrainOptions, source: ImageSource) -> Course:
-    count = len(source)
-    steps_per_epoch = count / options.batch_size
-    total = options.max_steps or max(1, round((options.epochs or 1) * steps_per_epoch))
-    every = options.eval_every * steps_per_epoch if options.eval_every else max(steps_per_epoch, total / EVALUATIONS)
-    return Course(
-        total_steps=total,
-        images=count,
-        batch_size=options.batch_size,
-        fingerprint=source.fingerprint(),
-        schedule=Schedule(
-            peak_lr=options.base_lr * options.batch_size / 256,
-            warmup_steps=options.warmup_epochs * steps_per_epoch,
-            total_steps=total,
-            min_lr=options.min_lr,
-        ),
-        clip_grad=options.clip_grad,
-        checkpoint_steps=options.checkpoint_steps,
-        checkpoint_minutes=options.checkpoint_minutes,
-        evaluation_steps=max(1, round(every)),
-        evaluation_forced=options.eval_every is not None,
-        max_bad_share=options.max_bad_share,
     )

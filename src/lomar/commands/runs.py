@@ -174,6 +174,21 @@ def stored(run: Path, asked: Mapping[str, Any], options: type) -> dict[str, Any]
     return values
 
 
+def options_of(model: str, options: type) -> dict[str, Any]:
+    """The options of the run that a model is of; none where it is of no run, or one of another command or version.
+
+    Args:
+        model: the run's folder, or a file in it.
+        options: the class of the command's options.
+    """
+    path = Path(model)
+    config = (path if path.is_dir() else path.parent) / CONFIG_FILE
+    try:
+        return read_config(str(config), options) if config.exists() else {}
+    except UserError:
+        return {}
+
+
 def raise_unless_done(status: int) -> None:
     """What a call from Python gets instead of an exit status.
 

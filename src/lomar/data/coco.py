@@ -21,18 +21,14 @@ from typing import Any
 import numpy as np
 
 from lomar.data.coco_json import Id, Table, read_coco
-from lomar.data.labels import SPLIT_SEED
+from lomar.data.labels import SPLIT_SEED, TRAIN_NAMES, VAL_NAMES, VAL_SHARE
 from lomar.data.opening import images_at, is_there
 from lomar.data.sources import ImageSource
 from lomar.errors import UserError
 from lomar.seeding import seeded
 
-# How folders and files of the images that train and that judge are called: the first of these that is there.
-_TRAIN_NAMES = ("train", "training")
-_VAL_NAMES = ("val", "valid", "validation", "test", "testing")
 # Annotations of the same images in which there are no boxes, or not all of them.
 _OTHER_KINDS = ("captions", "person_keypoints", "keypoints", "panoptic", "stuff", "image_info", "densepose")
-_VAL_SHARE = 0.2  # of the images, where none are said to judge
 _FIRST_IMAGES = 3  # that are looked for in a folder, to see whether it is the one
 
 
@@ -265,7 +261,7 @@ def _drawn(images: CocoImages) -> DetectionData:
     objects = images.instance_counts() > 0
     judging = np.zeros(len(images), dtype=bool)
     for group, least in ((np.flatnonzero(objects), 1), (np.flatnonzero(~objects), 0)):
-        count = max(least, round(_VAL_SHARE * len(group))) if len(group) > 1 else 0
+        count = max(least, round(VAL_SHARE * len(group))) if len(group) > 1 else 0
         judging[rng.permutation(group)[:count]] = True
     if not judging.any():
         return DetectionData(images, None, drawn=False)
@@ -289,12 +285,12 @@ class _File:
 def _training_file(path: str, annotations: str | None, flag: str) -> _File:
     if (given := _given(path, annotations, flag, "--annotations")) is not None:
         return given
-    if (found := _found(Path(path), _TRAIN_NAMES, flag, "--annotations")) is not None:
+    if (found := _found(Path(path), TRAIN_NAMES, flag, "--annotations")) is not None:
         return found
     folder = Path(path)
     if not is_there(path):
         raise UserError(f"{flag} {path}: no such folder or file")
-    judging = [file for name in _VAL_NAMES for file in _split_files(folder) if _split_in(file, name)]
+    judging = [file for name in VAL_NAMES for file in _split_files(folder) if _split_in(file, name)]
     alone = [file for file in _split_files(folder) if file not in judging]
     if len(alone) != 1:
         raise UserError(
@@ -313,11 +309,11 @@ def _judging_file(
         judging = val or (str(Path(path).parent) if _is_json(path) else path)
         if (given := _given(judging, val_annotations, "--val", "--val-annotations")) is not None:
             return given
-        found = _found(Path(judging), _VAL_NAMES, "--val", "--val-annotations")
+        found = _found(Path(judging), VAL_NAMES, "--val", "--val-annotations")
         return found or _training_file(judging, None, "--val")
     if annotations is not None or _is_json(path):
         return None
-    return _found(Path(path), _VAL_NAMES, flag, "--val-annotations")
+    return _found(Path(path), VAL_NAMES, flag, "--val-annotations")
 
 
 def _given(path: str, annotations: str | None, flag: str, annotations_flag: str) -> _File | None:
@@ -389,7 +385,7 @@ def _split_in(file: Path, name: str) -> str | None:
 
 def _folders(bases: Sequence[Path], file: Path) -> list[Path]:
     """Folders in which the images of a JSON file may lie, below or right in some folders or beside the file."""
-    words = dict.fromkeys(word for name in (*_TRAIN_NAMES, *_VAL_NAMES) if (word := _split_in(file, name)))
+    words = dict.fromkeys(word for name in (*TRAIN_NAMES, *VAL_NAMES) if (word := _split_in(file, name)))
     words |= dict.fromkeys([*(word.rstrip("0123456789") for word in words), file.stem.removeprefix("instances_")])
     places = [base / inside / word for base in bases for word in words for inside in ("", "images")]
     places += [place for base in bases for place in (base, base / "images")]

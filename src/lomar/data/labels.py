@@ -15,8 +15,8 @@ from lomar.errors import UserError
 from lomar.seeding import seeded
 
 # Folders, in any case, that train and judge: the first of these that exists. A table's column "split" has them as well.
-_TRAIN_NAMES = ("train", "training")
-_VAL_NAMES = ("val", "valid", "validation", "test", "testing")
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation", "test", "testing")
 # What a table's header may call its columns.
 _COLUMNS = {
     "path": ("path", "file", "filename", "filepath", "file_name", "image", "image_path"),
@@ -24,7 +24,7 @@ _COLUMNS = {
     "split": ("split", "set", "subset", "fold"),
 }
 SPLIT_SEED = 0  # of what judges, where nothing says it: all seeds of a run are judged on the same images
-_VAL_SHARE = 0.2  # of each class, when one folder or table has to serve as both
+VAL_SHARE = 0.2  # of each class, or of the images with objects, where nothing says which judge
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def labelled_data(path: str, seed: int, val: str | None = None, flag: str = "--d
         )
     if len(kinds) == 1:
         raise UserError(f"{flag} {shown(path)}: there is one class alone, {kinds[0]!r}; at least two are needed")
-    if not _is_table(path) and {name.lower() for name in kinds} <= {*_TRAIN_NAMES, *_VAL_NAMES}:
+    if not _is_table(path) and {name.lower() for name in kinds} <= {*TRAIN_NAMES, *VAL_NAMES}:
         raise UserError(f"{flag} {shown(path)}: {' and '.join(kinds)} are no classes; beside them there must be train/")
     numbers = {name: number for number, name in enumerate(kinds)}
     labelled = _numbered(train, numbers)
@@ -170,9 +170,7 @@ def _parts(path: str, flag: str) -> tuple[_Named, _Named | None]:
         return _table_parts(Path(path), flag)
     # By lower-case name; the first that is there counts.
     there = {name.lower(): within(path, name) for name in folders_in(path, flag)}
-    train, judge = (
-        next((there[name] for name in names if name in there), None) for names in (_TRAIN_NAMES, _VAL_NAMES)
-    )
+    train, judge = (next((there[name] for name in names if name in there), None) for names in (TRAIN_NAMES, VAL_NAMES))
     if train is None:
         return _whole(path, flag), None
     return _whole(train, flag), _whole(judge, flag) if judge else None
@@ -206,10 +204,10 @@ class _Row:
 
 def _table_parts(path: Path, flag: str) -> tuple[_Named, _Named | None]:
     rows = list(_rows(path, flag))
-    judging = [row for row in rows if row.split in _VAL_NAMES]
+    judging = [row for row in rows if row.split in VAL_NAMES]
     if not judging:
         return _of_rows(path, flag, rows), None
-    return _of_rows(path, flag, [row for row in rows if row.split not in _VAL_NAMES]), _of_rows(path, flag, judging)
+    return _of_rows(path, flag, [row for row in rows if row.split not in VAL_NAMES]), _of_rows(path, flag, judging)
 
 
 def _of_rows(path: Path, flag: str, rows: list[_Row]) -> _Named:
@@ -267,8 +265,8 @@ def _row(cells: list[str], columns: dict[str, int], width: int, where: str) -> _
         raise UserError(f"{where}: it must hold a path and a label, not {','.join(cells)!r}")
     at = columns.get("split", len(cells))
     split = cells[at].lower() if at < len(cells) else ""
-    if split not in ("", *_TRAIN_NAMES, *_VAL_NAMES):
-        raise UserError(f"{where}: split is {split!r}; it can be {', '.join((*_TRAIN_NAMES, *_VAL_NAMES))}")
+    if split not in ("", *TRAIN_NAMES, *VAL_NAMES):
+        raise UserError(f"{where}: split is {split!r}; it can be {', '.join((*TRAIN_NAMES, *VAL_NAMES))}")
     return _Row(os.path.normpath(os.fsencode(cells[columns["path"]])), cells[columns["label"]], split)
 
 
@@ -278,7 +276,7 @@ def _numbered(named: _Named, numbers: dict[str, int]) -> Labelled:
 
 def _drawn(labelled: Labelled, classes: list[str], seed: int, where: str) -> LabelledData:
     """A fifth of each class judges."""
-    train, val = held_out(labelled, _VAL_SHARE, seed, "split")
+    train, val = held_out(labelled, VAL_SHARE, seed, "split")
     if not len(val):
         raise UserError(f"{where}: no class has two images, so that none can be held out to judge by")
     return LabelledData(train, val, classes, drawn=True)

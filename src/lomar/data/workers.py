@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lomar.data.decode import quietly
-from lomar.errors import TrainingError, UserError
+from lomar.errors import TrainingError, UserError, is_out_of_memory
 
 _PREFETCHED = 3  # batches each worker holds ready
 _LOOK_SECONDS = 5  # between two looks at workers from whom nothing comes
@@ -234,7 +234,7 @@ class _Told(Dataset[Any]):
         except (UserError, TrainingError) as error:
             return error
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch's words
+            if not is_out_of_memory(error):
                 raise
             return TrainingError(f"no memory is left to read images; {_LESS}")
 

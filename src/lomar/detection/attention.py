@@ -16,13 +16,12 @@ from lomar.model.attention import (
 )
 from lomar.model.positions import (
     CLS_BUCKET,
-    REACH,
     SIDE,
     ContextualPosition,
     Grid,
     RelativeBias,
     grid_coordinates,
-    piecewise_index,
+    piecewise_indices,
     relative_index,
     resize_bias,
 )
@@ -126,9 +125,8 @@ def contextual_on_grid(q: Tensor, table: Tensor, extent: Grid, along: tuple[Tens
 
 def _picked(side: int, like: Tensor) -> Tensor:
     """(side, side, 7): the index of each distance along an axis, as one-hot."""
-    of_distance = torch.tensor([piecewise_index(delta) + REACH for delta in range(1 - side, side)], device=like.device)
     at = torch.arange(side, device=like.device)
-    return F.one_hot(of_distance[at[:, None] - at + side - 1], SIDE).to(like.dtype)
+    return F.one_hot(piecewise_indices(at[:, None] - at), SIDE).to(like.dtype)
 
 
 class GridAttention(Attention):

@@ -31,11 +31,8 @@ class NormalCell(Block):
         first = nn.Conv2d(width, hidden, 3, padding=1, groups=groups)
         self.convolutions = nn.Sequential(first, nn.BatchNorm2d(hidden), nn.SiLU(), last)
 
-    def forward(self, x: Tensor, relation: Relation, keep: Tensor | None = None, first: int = 0) -> Tensor:
-        """Tokens (B, H * W, D) -> the same shape; arguments as of `Block`, whose first draw both branches share."""
-        assert isinstance(relation, Places) and relation.extent is not None and not first
+    def attended(self, x: Tensor, relation: Relation, first: int) -> Tensor:
+        """Attention and convolutions of tokens (B, H * W, D), which share a draw of drop path: the same shape."""
+        assert isinstance(relation, Places) and relation.extent is not None
         beside = self.convolutions(x.transpose(1, 2).unflatten(2, relation.extent)).flatten(2).transpose(1, 2)
-        branch = self.ls1(self.attn(self.norm1(x), relation)) + beside
-        x = x + (self.drop_path(branch) if keep is None else branch * keep[:, 0, None, None].to(branch.dtype))
-        branch = self.ls2(self.mlp(self.norm2(x)))
-        return x + (self.drop_path(branch) if keep is None else branch * keep[:, 1, None, None].to(branch.dtype))
+        return super().attended(x, relation, first) + beside

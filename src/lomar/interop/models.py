@@ -56,12 +56,17 @@ class Input:
     @property
     def pixel_type(self) -> str:
         """What pixels are read as: "uint8", "uint16" or "float32"."""
-        return {255.0: "uint8", 65535.0: "uint16"}.get(self.scale, "float32")
+        return pixel_type_of(self.scale)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels (..., C, H, W) -> the model's input, float32."""
         mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (self.mean, self.std))
         return (pixels.float() / self.scale - mean) / std
+
+
+def pixel_type_of(scale: float) -> str:
+    """What pixels are read as, if they are divided by `scale` first."""
+    return {255.0: "uint8", 65535.0: "uint16"}.get(scale, "float32")
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def backend_for(q: Tensor, tokens: int) -> str:
     """
     if torch.compiler.is_exporting():  # first: a program of any size must not ask for its number of tokens
         return "products"
-    if may_be_fused(q.device):
+    if _may_be_fused(q.device):
         from lomar.model.kernels import supported
 
         if supported(q):
@@ -180,8 +180,7 @@ def _written_out(tokens: int) -> bool:
     return tokens <= (KEPT_TOKENS if torch.is_grad_enabled() else WRITTEN_TOKENS)
 
 
-def may_be_fused(device: torch.device) -> bool:
-    """Whether there are kernels for a device that work a contextual bias out by themselves."""
+def _may_be_fused(device: torch.device) -> bool:
     if not _TRITON or device.type != "cuda":
         return False
     from lomar.model.kernels import capable
@@ -291,7 +290,7 @@ class ContextualAttention(Attention):
     def relate(self, coordinates: Tensor, extent: Grid | None) -> Places:
         """The places of the tokens with cls first, and their buckets where no kernel works them out."""
         at = with_cls(coordinates)
-        return Places(at, None if may_be_fused(at.device) else contextual_buckets(at))
+        return Places(at, None if _may_be_fused(at.device) else contextual_buckets(at))
 
     def bias(self, q: Tensor, relation: Relation, first: int = 0) -> Tensor:
         """(R, heads, M, N)."""

@@ -43,6 +43,15 @@ def piecewise_index(delta: int) -> int:
     return int(math.copysign(min(grown, BETA), delta))
 
 
+def piecewise_indices(delta: Tensor) -> Tensor:
+    """`piecewise_index` of integer distances, counted from 0.
+
+    In arithmetic: a table would have to be copied to the device at every step.
+    """
+    delta = delta.clamp(-_SATURATION, _SATURATION)
+    return delta.sign() * (delta.abs() - (delta.abs() >= _MERGED).to(delta.dtype)) + REACH
+
+
 def with_cls(coordinates: Tensor) -> Tensor:
     """int32 (R, 1 + N, 2): coordinates (R, N, 2) of patch tokens, with a cls token at `NOWHERE` put first."""
     return nn.functional.pad(coordinates.int(), (0, 0, 1, 0), value=NOWHERE)
@@ -63,9 +72,7 @@ def contextual_buckets(at: Tensor) -> Tensor:
 
     def along(axis: int) -> Tensor:
         position = at[..., axis]
-        delta = (position[:, :, None] - position[:, None, :]).clamp(-_SATURATION, _SATURATION)  # (R, N, N)
-        # `piecewise_index` in arithmetic: a table would have to be copied to the device at every step.
-        return delta.sign() * (delta.abs() - (delta.abs() >= _MERGED).to(delta.dtype)) + REACH
+        return piecewise_indices(position[:, :, None] - position[:, None, :])  # (R, N, N)
 
     cls = at[..., 0] == NOWHERE  # (R, N)
     return (SIDE * along(0) + along(1)).masked_fill(cls[:, :, None] | cls[:, None, :], CLS_BUCKET).long()

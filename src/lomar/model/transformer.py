@@ -47,11 +47,15 @@ class Block(nn.Module):
             keep: factor of each branch in each row (R, 2), in the place of drop path's own draw.
             first: the token from which on they are asked for; those before are looked at and go no further.
         """
-        branch = self.ls1(self.attn(self.norm1(x), relation, first))
+        branch = self.attended(x, relation, first)
         x = x[:, first:] if first else x
         x = x + (self.drop_path(branch) if keep is None else branch * keep[:, 0, None, None].to(branch.dtype))
         branch = self.ls2(self.mlp(self.norm2(x)))
         return x + (self.drop_path(branch) if keep is None else branch * keep[:, 1, None, None].to(branch.dtype))
+
+    def attended(self, x: Tensor, relation: Relation, first: int) -> Tensor:
+        """The first branch: (R, N - first, D), what is added to the tokens from `first` on."""
+        return self.ls1(self.attn(self.norm1(x), relation, first))
 
 
 class Transformer(nn.Module):

@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 
 from lomar.options.fields import ANY_IMAGES, AUTO, LARGEST_SEED, MOST_WORKERS, option
-from lomar.options.training import compile_option, grad_checkpointing_option, shuffle_option, strategy_option
+from lomar.options.training import (
+    checkpoint_minutes_option,
+    checkpoint_steps_option,
+    compile_option,
+    eval_every_option,
+    grad_checkpointing_option,
+    log_every_option,
+    max_bad_share_option,
+    shuffle_option,
+    strategy_option,
+    workers_option,
+)
 
 ANY_MODEL = (
     "a run's folder, a file of its weights, a released checkpoint, or what timm.create_model takes: a name such as "
@@ -97,26 +108,13 @@ class FinetuneOptions:
     grad_checkpointing: bool = grad_checkpointing_option()
     strategy: str = strategy_option()
     compile: str = compile_option()
-    workers: int = option(
-        "processes that read images, per device", auto=AUTO, low=0, high=MOST_WORKERS, metavar="W", results=False
-    )
+    workers: int = workers_option()
     device: str = option("where to compute", auto=AUTO, choices=DEVICES, metavar="NAME", results=False)
-    checkpoint_steps: int | None = option(
-        "steps between checkpoints, beside the timed ones", default=None, low=1, metavar="N", results=False
-    )
-    checkpoint_minutes: float = option(
-        "minutes between checkpoints", default=10.0, above=0, metavar="MIN", results=False
-    )
-    log_every: int = option("steps between two plain progress lines", default=10, low=1, metavar="N", results=False)
-    eval_every: float | None = option(
-        "epochs between evaluations; without it they take at most a tenth of the time",
-        default=None,
-        above=0,
-        metavar="E",
-    )
-    max_bad_share: float = option(
-        "share of unreadable images from which to refuse", default=0.25, low=0, high=1, metavar="S", results=False
-    )
+    checkpoint_steps: int | None = checkpoint_steps_option()
+    checkpoint_minutes: float = checkpoint_minutes_option()
+    log_every: int = log_every_option()
+    eval_every: float | None = eval_every_option()
+    max_bad_share: float = max_bad_share_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,10 +246,8 @@ class ProbeOptions:
     )
     device: str = option("where to compute", default="auto", choices=DEVICES, metavar="NAME", results=False)
     precision: str = option("precision of the encoder", default="auto", choices=PRECISIONS, metavar="NAME")
-    checkpoint_minutes: float = option(
-        "minutes between checkpoints", default=10.0, above=0, metavar="MIN", results=False
-    )
-    log_every: int = option("steps between two plain progress lines", default=50, low=1, metavar="N", results=False)
+    checkpoint_minutes: float = checkpoint_minutes_option()
+    log_every: int = log_every_option(50)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 from lomar.options.fields import ANY_IMAGES, AUTO, MOST_WORKERS, option
+from lomar.options.training import (
+    max_bad_share_option,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,4 @@ class PrepareOptions:
     workers: int | None = option(
         "processes", default=None, auto=AUTO, low=0, high=MOST_WORKERS, metavar="W", results=False
     )
-    max_bad_share: float = option(
-        "share of unreadable images from which to refuse", default=0.25, low=0, high=1, metavar="S", results=False
-    )
+    max_bad_share: float = max_bad_share_option()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lomar.options.fields import AUTO, option
+from lomar.options.fields import AUTO, MOST_WORKERS, option
 
 
 def grad_checkpointing_option() -> Any:
@@ -41,4 +41,44 @@ def compile_option() -> Any:
         choices=("auto", "yes", "no"),
         metavar="WORD",
         results=False,
+    )
+
+
+def workers_option() -> Any:
+    """Loading processes of a command that trains."""
+    return option(
+        "processes that read images, per device", auto=AUTO, low=0, high=MOST_WORKERS, metavar="W", results=False
+    )
+
+
+def checkpoint_steps_option() -> Any:
+    """Checkpoints by steps."""
+    return option("steps between checkpoints, beside the timed ones", default=None, low=1, metavar="N", results=False)
+
+
+def checkpoint_minutes_option() -> Any:
+    """Checkpoints by time."""
+    return option("minutes between checkpoints", default=10.0, above=0, metavar="MIN", results=False)
+
+
+def log_every_option(default: int = 10) -> Any:
+    """Plain progress."""
+    return option("steps between two plain progress lines", default=default, low=1, metavar="N", results=False)
+
+
+def eval_every_option(results: bool = True) -> Any:
+    """How often a run is judged; where the best weights are kept, that changes what it leaves."""
+    return option(
+        "epochs between evaluations; without it they take at most a tenth of the time",
+        default=None,
+        above=0,
+        metavar="E",
+        results=results,
+    )
+
+
+def max_bad_share_option() -> Any:
+    """How many files may be unreadable."""
+    return option(
+        "share of unreadable images from which to refuse", default=0.25, low=0, high=1, metavar="S", results=False
     )

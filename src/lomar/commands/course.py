@@ -1,0 +1,98 @@
+"""A run from where it is to its end: its length, how often it looks up, what is said of it; for commands that train."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lomar.figures.curves import learning_curves
+from lomar.options import DetectOptions, FinetuneOptions, PretrainOptions
+from lomar.training.loop import Course, Trainer
+from lomar.training.optim import Schedule, StepSchedule
+from lomar.training.records import Metrics
+from lomar.training.signals import StopRequest
+
+TrainingOptions = PretrainOptions | FinetuneOptions | DetectOptions
+
+
+def total_steps(options: TrainingOptions, images: int) -> int:
+    """Optimiser steps of a run on so many images."""
+    return options.max_steps or max(1, round((options.epochs or 1) * (images / options.batch_size)))
+
+
+def cosine_schedule(options: PretrainOptions | FinetuneOptions, images: int) -> Schedule:
+    """The learning rates of pretraining and fine-tuning on so many images."""
+    return Schedule(
+        peak_lr=options.base_lr * options.batch_size / 256,
+        warmup_steps=options.warmup_epochs * (images / options.batch_size),
+        total_steps=total_steps(options, images),
+        min_lr=options.min_lr,
+    )
+
+
+def course_of(
+    options: TrainingOptions, images: int, fingerprint: str, schedule: Schedule | StepSchedule, evaluations: int
+) -> Course:
+    """What a run does and how often it looks up.
+
+    Args:
+        options: all settled.
+        images: in an epoch.
+        fingerprint: of what trains.
+        schedule: learning rates.
+        evaluations: at most, where no interval is given.
+    """
+    total, steps_per_epoch = total_steps(options, images), images / options.batch_size
+    every = options.eval_every * steps_per_epoch if options.eval_every else max(steps_per_epoch, total / evaluations)
+    return Course(
+        total_steps=total,
+        images=images,
+        batch_size=options.batch_size,
+        fingerprint=fingerprint,
+        schedule=schedule,
+        clip_grad=options.clip_grad,
+        checkpoint_steps=options.checkpoint_steps,
+        checkpoint_minutes=options.checkpoint_minutes,
+        evaluation_steps=max(1, round(every)),
+        evaluation_forced=options.eval_every is not None,
+        max_bad_share=options.max_bad_share,
+    )
+
+
+def carry_out(
+    trainer: Trainer, command: str, stop: StopRequest, conclude: Callable[[], object], concluded: Path | None = None
+) -> int:
+    """Train from the last checkpoint to the end, draw the curves and conclude; returns the exit status.
+
+    Args:
+        trainer: of the run.
+        command: its name, for the line that says how to go on.
+        stop: a wish to stop.
+        conclude: called when all is learnt, in all processes.
+        concluded: what `conclude` writes last. A finished run that lacks it was killed before, and does it now; None
+            does it each time.
+    """
+    fabric, run, display = trainer.fabric, trainer.run_folder, trainer.display
+    trainer.restore()
+    if trainer.finished:
+        display.say(f"the run in {run} is finished: {trainer.progress.step} steps")
+        if fabric.broadcast(concluded is None or not concluded.exists()):
+            _draw(trainer)
+            conclude()
+        return 0
+    if trainer.progress.step == 0:
+        trainer.save()  # from here on the run can be loaded and resumed
+    try:
+        finished = trainer.run(stop)
+    finally:
+        trainer.close()
+    _draw(trainer)
+    if not finished:
+        display.say(f"stopped after step {trainer.progress.step}; go on with: lomar {command} --out {run} --resume")
+        return 128 + stop.signal_number
+    conclude()
+    return 0
+
+
+def _draw(trainer: Trainer) -> None:
+    """The curves of all that was learnt so far."""
+    if trainer.fabric.is_global_zero:
+        learning_curves(Metrics.read(trainer.metrics.path), trainer.run_folder / "figures" / "curves.png")
