@@ -19,6 +19,7 @@ ALLOWED = {
     "downstream": {"model"},
     "detection": {"model"},
     "benchmark": {"data", "model", "methods", "training", "downstream"},
+    "study": {"data", "methods", "model", "interop"},
     "figures": set(),
     "interop": {"model", "methods", "detection"},
     "commands": {
@@ -31,6 +32,7 @@ ALLOWED = {
         "figures",
         "interop",
         "benchmark",
+        "study",
         "options",
     },
     "options": set(),

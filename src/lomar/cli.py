@@ -33,6 +33,7 @@ from lomar.options import (
     ProbeOptions,
     RecipesOptions,
     ReconstructOptions,
+    StudyOptions,
     TokenizerOptions,
     convert,
     fields_of,
@@ -61,6 +62,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "attention": (AttentionOptions, "lomar.commands.attention"),
     "convert": (ConvertOptions, "lomar.commands.convert"),
     "benchmark": (BenchmarkOptions, "lomar.commands.benchmark"),
+    "study": (StudyOptions, "lomar.commands.study"),
     "tokenizer train": (TokenizerOptions, "lomar.commands.tokenizer"),
 }
 

@@ -17,6 +17,7 @@ from lomar.options.downstream import (
 from lomar.options.fields import (
     AUTO,
     LARGEST_SEED,
+    command_line,
     convert,
     converted,
     fields_of,
@@ -29,6 +30,7 @@ from lomar.options.fields import (
 from lomar.options.pictures import AttentionOptions, ReconstructOptions
 from lomar.options.preparing import PrepareOptions
 from lomar.options.pretraining import PretrainOptions, RecipesOptions, TokenizerOptions
+from lomar.options.studying import StudyOptions
 from lomar.options.weights import ConvertOptions, ExportOptions
 
 __all__ = [
@@ -52,7 +54,9 @@ __all__ = [
     "ProbeOptions",
     "RecipesOptions",
     "ReconstructOptions",
+    "StudyOptions",
     "TokenizerOptions",
+    "command_line",
     "convert",
     "converted",
     "fields_of",
