@@ -19,7 +19,7 @@ ALLOWED = {
     "downstream": {"model"},
     "detection": {"model"},
     "benchmark": {"data", "model", "methods", "training", "downstream"},
-    "study": {"data", "methods", "model", "interop"},
+    "study": {"data", "methods", "model", "interop", "training"},
     "figures": set(),
     "interop": {"model", "methods", "detection"},
     "commands": {

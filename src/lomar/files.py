@@ -4,7 +4,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,8 +92,9 @@ def only_writer(lock: Path, what: str) -> Iterator[None]:
                 file.seek(0)
                 holder = " ".join(file.read(200).split()) or "another process"
                 raise UserError(f"{what} is being written by {holder}; wait for it, or give another")
-            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                break  # else its holder has just removed it
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    break  # else its holder has just removed it
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

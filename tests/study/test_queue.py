@@ -1,6 +1,7 @@
 """Claims about how cells are run: once each, in order, by several at a time, and what becomes of those that fail."""
 
-import json
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -10,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from lomar.files import LOCK_FILE, only_writer
+from lomar.files import LOCK_FILE
 from lomar.study import queue as queue_file
 from lomar.study.cells import RESULT, Setup, Step
 from lomar.study.grids import Entry, Sizes
 from lomar.study.plan import Job, Plan
-from lomar.study.queue import LOG_FILE, Children, Queue, in_turn
+from lomar.study.queue import LOG_FILE, Children, Queue
 
 
 def setup_in(out: Path) -> Setup:
@@ -32,7 +33,7 @@ class Recorder:
         self.most = self.now = 0
         self._lock = threading.Lock()
 
-    def __call__(self, words: Sequence[str], log: Path, place: Mapping[str, str]) -> tuple[int, int]:
+    def __call__(self, words: Sequence[str], log: Path, place: Mapping[str, str]) -> int:
         with self._lock:
             self.words.append(list(words))
             self.places.append(place)
@@ -44,10 +45,10 @@ class Recorder:
         log.parent.mkdir(parents=True, exist_ok=True)
         if self.fails(words):
             log.write_text("some lines\nlomar: error: the reason\n")
-            return 2, 0
+            return 2
         if words[0] == "tokenizer":
             (log.parent.parent / "tokenizer.safetensors").touch()
-        return 0, 12_345
+        return 0
 
 
 def fake_steps(job: Job, setup: Setup) -> list[Step]:
@@ -68,7 +69,9 @@ def made(
 ) -> Queue:
     plan = Plan(entries, Sizes(56, 8, 3), 1, (1e-3, 2e-3), (0, 1))
     values: dict[str, Any] = {"tokenizer": [], "say": lambda text: None, "done": lambda: None}
-    return Queue(plan=plan, setup=setup_in(out), run=run, stopping=threading.Event(), **values | more)
+    stopping = threading.Event()
+    values |= {"stopping": stopping, "stop": stopping.set}
+    return Queue(plan=plan, setup=setup_in(out), run=run, **values | more)
 
 
 def test_every_command_runs_once_and_what_it_left_is_kept(tmp_path: Path) -> None:
@@ -79,7 +82,7 @@ def test_every_command_runs_once_and_what_it_left_is_kept(tmp_path: Path) -> Non
     assert run.most == 2 and {place["OMP_NUM_THREADS"] for place in run.places} == {"1", "2"}
     assert len(queue.found()) == 6  # two rates and a second seed, of two rows
     cell = queue.found()["lomar,epochs=1,lr=0.002,seed=1"]
-    assert cell["knn"]["command"] == "lomar knn lomar,epochs=1,lr=0.002,seed=1" and cell["knn"]["peak_bytes"] == 12_345
+    assert cell["knn"]["command"] == "lomar knn lomar,epochs=1,lr=0.002,seed=1" and cell["knn"]["host"]
     assert cell["cell"]["base_lr"] == 2e-3
     assert "knn" not in queue.found()["lomar,epochs=1,lr=0.001,seed=0"]
     assert queue.remaining() == []
@@ -121,8 +124,6 @@ def test_a_cell_of_another_process_is_left_to_it(tmp_path: Path) -> None:
         "import sys, time\nfrom pathlib import Path\nfrom lomar.files import only_writer\n"
         "with only_writer(Path(sys.argv[1]), 'cell'):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
-    import subprocess
-
     name = "mae,epochs=1,lr=0.001,seed=0"
     lock = tmp_path / "cells" / name / "run" / LOCK_FILE
     run = Recorder()
@@ -168,27 +169,99 @@ def test_a_damaged_result_is_as_none(tmp_path: Path) -> None:
 
 
 def test_an_error_of_a_worker_reaches_who_waits(tmp_path: Path) -> None:
-    def run(words: Sequence[str], log: Path, place: Mapping[str, str]) -> tuple[int, int]:
+    def run(words: Sequence[str], log: Path, place: Mapping[str, str]) -> int:
         raise OSError("no room")
 
     with pytest.raises(OSError, match="no room"):
         made(tmp_path, run).work([{}, {}])
 
 
-def test_children_run_log_and_are_asked_to_end(tmp_path: Path) -> None:
+def test_a_command_whose_results_cannot_be_read_fails_its_cell_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(job: Job, setup: Setup) -> list[Step]:
+        def read() -> dict[str, Any]:
+            if job.cell.method == "mae":
+                raise KeyError("top1")
+            return {"held_out": 0.5}
+
+        return [Step("probe", ["probe", job.cell.name], read)]
+
+    monkeypatch.setattr(queue_file, "steps", broken)
+    queue = made(tmp_path, Recorder())
+    queue.work([{}])
+    assert len(queue.failed) == 2 and all("what it left cannot be read: 'top1'" in why for why in queue.failed.values())
+    assert len(queue.found()) == 3  # lomar: two rates, a second seed
+
+
+def test_a_run_that_diverges_is_kept_as_such_and_its_rate_is_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Recorder(fails=lambda words: words[1].startswith("mae,epochs=1,lr=0.002"))
+    monkeypatch.setattr(queue_file, "divergence", lambda log: {"diverged": True})
+    queue = made(tmp_path, run)
+    queue.work([{}])
+    assert not queue.failed and queue.remaining() == []
+    assert "mae,epochs=1,lr=0.001,seed=1" in queue.found()
+    assert queue.plan.rate(queue.plan.entries[0], queue.found()) == 1e-3
+    again = Recorder()
+    made(tmp_path, again).work([{}])
+    assert again.words == []
+
+
+def test_an_error_asks_what_runs_to_end(tmp_path: Path) -> None:
+    stopped: list[int] = []
+
+    def done() -> None:
+        raise OSError("no room")
+
+    queue = made(tmp_path, Recorder(), done=done, stop=lambda: stopped.append(1) or queue.stopping.set())
+    with pytest.raises(OSError, match="no room"):
+        queue.work([{}, {}])
+    assert stopped
+
+
+def test_children_run_log_and_do_not_take_themselves_for_processes_of_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     children = Children()
     log = tmp_path / "cell.log"
-    status, peak = children.run(["--version"], log, {})
-    assert status == 0 and peak > 1e6
-    assert log.read_text().startswith("$ lomar --version\nlomar ")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    status = children.run(["knn", "--model", "nothing", "--data", str(tmp_path / "missing")], log, {})
+    assert status == 2  # told by the first process alone: another would have been silent
+    assert (
+        log.read_text().startswith("$ lomar knn --model nothing --data ") and "lomar: error: --data" in log.read_text()
+    )
     children.stop()
-    assert children.run(["--version"], log, {})[0] != 0
-    assert log.read_text().count("\nlomar ") == 1
+    assert children.run(["--version"], log, {}) != 0
+    assert "$ lomar --version" in log.read_text() and "\nlomar 0" not in log.read_text()
+
+
+def test_children_that_run_are_asked_to_end(tmp_path: Path, photos: Path) -> None:
+    children = Children()
+    log, out = tmp_path / "cell.log", tmp_path / "run"
+    size = "--model 16x3x2 --image-size 56 --patch-size 8 --batch-size 4 --max-steps 100000"
+    words = f"pretrain --data {photos} --out {out} --workers 0 --device cpu {size}".split()
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(children.run(words, log, {"OMP_NUM_THREADS": "1"})))
+    thread.start()
+    while thread.is_alive() and not (out / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    children.stop()
+    thread.join(60)
+    assert found == [128 + signal.SIGTERM], log.read_text()
 
 
 def test_turns_are_taken(tmp_path: Path) -> None:
-    with in_turn(tmp_path / "lock"):
-        assert (tmp_path / "lock").exists()
-    with only_writer(tmp_path / "lock", "it"):
-        pass
-    assert json.dumps(list(tmp_path.iterdir())) == "[]"
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom lomar.study.queue import in_turn\n"
+        "path = Path(sys.argv[1])\nfor _ in range(200):\n"
+        "    with in_turn(path.with_name('lock')):\n"
+        "        number = int(path.read_text())\n        path.write_text(str(number + 1))\n"
+    )
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    others = [subprocess.Popen([sys.executable, "-c", script, str(counter)]) for _ in range(2)]
+    assert [other.wait(60) for other in others] == [0, 0]
+    assert counter.read_text() == "400" and not (tmp_path / "lock").exists()

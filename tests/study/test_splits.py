@@ -7,7 +7,7 @@ import pytest
 
 from lomar.data.labels import Labelled, of_each_class
 from lomar.errors import UserError
-from lomar.study.splits import CHOOSE, FOLDER, JUDGE, PRETRAIN, TUNE, draw_lists, keep_lists
+from lomar.study.splits import FOLDER, JUDGE, PRETRAIN, TUNE, WATCH, draw_lists, keep_lists
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_tenth_of_train_chooses_and_val_judges_and_nothing_of_val_is_elsewhere
     train = {str(path) for path in (labelled / "train").glob("*/*")}
     val = {str(path) for path in (labelled / "val").glob("*/*")}
     assert set((folder / PRETRAIN).read_text().split()) == train
-    choose, judge, tune = (table(folder / name) for name in (CHOOSE, JUDGE, TUNE))
+    choose, judge, tune = (table(folder / name) for name in (WATCH, JUDGE, TUNE))
     assert choose["train"] | choose["val"] == train and not choose["train"] & choose["val"]
     assert [sum(f"/{name}/" in path for path in choose["val"]) for name in ("cat", "dog")] == [2, 2]
     assert judge["val"] == tune["val"] == val

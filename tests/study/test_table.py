@@ -45,10 +45,13 @@ def test_a_row_has_the_mean_over_seeds_the_blocks_that_were_chosen_and_what_it_c
     assert lomar.seeds == 0 and lomar.accuracy == {} and lomar.base_lr is None
 
 
-def test_memory_is_the_gpus_where_there_is_one() -> None:
-    name = "mae,epochs=2,lr=0.001,seed=0"
-    run = FOUND[name]["pretraining"] | {"gpu_peak_bytes": 7e9}
-    assert rows(PLAN, FOUND | {name: FOUND[name] | {"pretraining": run}})[1].peak_bytes == 7e9
+def test_a_run_that_diverged_is_named_and_not_averaged() -> None:
+    found = FOUND | {"mae,epochs=2,lr=0.002,seed=0": {"pretraining": {"diverged": True}}}
+    mae = rows(PLAN, found)[1]
+    assert mae.diverged == [2e-3] and mae.base_lr == 1e-3 and mae.seeds == 2
+    name = "mae,epochs=2,lr=0.001,seed=1"
+    halved = found | {name: {**FOUND[name], "pretraining": {**FOUND[name]["pretraining"], "diverged": True}}}
+    assert rows(PLAN, halved)[1].seeds == 1
 
 
 def test_the_table_says_what_is_not_known_and_what_was_at_the_edge_of_the_sweep() -> None:

@@ -1,14 +1,12 @@
 """How much memory a process holds, and how much it has held at most."""
 
 import contextlib
-import re
 import resource
-import sys
 from pathlib import Path
 
 import torch
 
-_STATUS = Path("/proc/self/status")
+from lomar.training.memory import peak_resident_bytes, process_status, resident_bytes
 
 
 class PeakMemory:
@@ -39,31 +37,11 @@ class PeakMemory:
         return torch.cuda.max_memory_allocated() if self._cuda else max(0, peak_resident_bytes() - self._held)
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process now; where the system does not say, its peak."""
-    return _status("VmRSS") or peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """The most that this process has held."""
-    # Not ru_maxrss on Linux: a new program inherits it from the process that started it.
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
-def _status(name: str) -> int:
-    with contextlib.suppress(OSError):
-        if found := re.search(rf"{name}:\s+(\d+) kB", _STATUS.read_text()):
-            return int(found[1]) * 1024
-    return 0
-
-
 def limit_memory(more_bytes: int) -> None:
     """Let allocations fail beyond what this process holds now and so much more, before the system kills others for it.
 
     Linux alone keeps to it; elsewhere nothing changes.
     """
-    if held := _status("VmData"):
+    if held := process_status("VmData"):
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (held + more_bytes, hard))

@@ -19,9 +19,9 @@ from lomar.errors import UserError
 from lomar.figures.study import Point, bars, lines
 from lomar.files import LOCK_FILE, write_atomically
 from lomar.options import StudyOptions, command_line
-from lomar.study.cells import NEIGHBOURS, steps
+from lomar.study.cells import NEIGHBOURS, needs_tokenizer, result_of, steps
 from lomar.study.plan import Results
-from lomar.study.queue import Children, Queue, in_turn
+from lomar.study.queue import TOKENIZER_FOLDER, Children, Queue, in_turn
 from lomar.study.splits import draw_lists, keep_lists
 from lomar.study.table import JUDGED, Row, markdown, rows, values
 
@@ -59,6 +59,7 @@ def command(given: Mapping[str, Any]) -> int:
         tokenizer=settled.tokenizer,
         run=children.run,
         stopping=children.stopping,
+        stop=children.stop,
         say=_note,
         done=tell,
     )
@@ -75,12 +76,12 @@ def command(given: Mapping[str, Any]) -> int:
     try:
         _note(f"{len(queue.remaining())} cells can run now, {len(settled.places)} at a time")
         queue.work(settled.places)
+        sys.stdout.write(tell())
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    sys.stdout.write(tell())
     for name, reason in queue.failed.items():
         _note(f"{name}: failed: {reason}")
     return 128 + stopped_by if stopped_by else int(bool(queue.failed))
@@ -107,15 +108,17 @@ def rehearsal(settled: SettledStudy) -> str:
         lines_.append(f"  {entry.name}: {', '.join(word for word in told if word)}")
     job = next((job for job in plan.jobs({}) if job.cell.method), None)
     if job:
-        lines_ += ["", "the first cell:"]
+        lines_ += ["", "the first cell; LAYER is the one that its probe chooses:"]
         lines_ += [f"  lomar {shlex.join(step.words)}" for step in steps(job, settled.setup)]
     return "\n".join(lines_) + "\n"
 
 
 def write_table(settled: SettledStudy, found: Results, about: Mapping[str, Any]) -> str:
     """Write table, JSON and picture of what is known by now; returns the table as it is shown."""
-    table = rows(settled.plan, found)
-    cells = dict.fromkeys(job.cell for job in settled.plan.jobs(found))
+    asked = {entry.name for entry in settled.plan.entries}
+    # Rows of an earlier call stay in the table.
+    table = [row for row in rows(settled.whole, found) if row.entry.name in asked or row.seeds]
+    cells = dict.fromkeys(job.cell for job in settled.whole.jobs(found))
     place = hardware(settled.hardware.device)
     report = {
         "lomar": __version__,
@@ -124,6 +127,7 @@ def write_table(settled: SettledStudy, found: Results, about: Mapping[str, Any])
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": place,
         "versions": versions(),
+        "tokenizer": result_of(settled.setup.out / TOKENIZER_FOLDER),
         "rows": [values(row) for row in table],
         "cells": {cell.name: found[cell.name] for cell in cells if cell.name in found},
     }
@@ -144,25 +148,43 @@ def page(settled: SettledStudy, table: Sequence[Row], report: Mapping[str, Any])
     tuned = f"{options.labels} of each class" if options.labels else "all of them"
     drawn = " (a fifth, drawn from all)" if report["val_drawn_from_train"] else ""
     rates = ", ".join(f"{rate:g}" for rate in plan.base_lrs)
+    hosts = {step["host"] for cell in report["cells"].values() for step in cell.values() if "host" in step}
     notes = [
         f"{settled.study.paper}: {settled.study.about}. Top-1 in per cent of {report['val_images']} val images{drawn} "
         f"of {report['classes']} classes; the mean over seeds and, in brackets, the standard deviation.",
         f"Encoder {options.model}, {options.image_size} px, patches of {options.patch_size} px, batch "
         f"{options.batch_size}, pretrained on {report['train_images']} images. k-NN (k = {NEIGHBOURS}) and linear "
-        f"probe learn from {learnt}; fine-tuning from {tuned}, for {options.finetune_epochs:g} epochs.",
-        f"Rates tried for every row: {rates} for 256 images. Rate and block were chosen by a linear probe, on a tenth "
-        "of the images that it learns from, held out; never on val. Weights are always the last ones.",
+        f"probe learn from {learnt}; fine-tuning from {tuned}, for {options.finetune_epochs:g} epochs, with what "
+        "`lomar finetune` chooses for the encoder.",
+        f"Rates tried for every row, but for those that take another's: {rates} for 256 images. Rate and layer were "
+        "chosen by a linear probe, on a tenth of the images that it learns from, held out; never on val. Weights are "
+        "always the last ones.",
     ]
     if any(row.at_edge for row in table):
         notes.append("* the best rate is the lowest or the highest that was tried.")
     notes += [
-        "Minutes are those of all steps at the median step's speed, without evaluations and pauses; FLOPs are of "
-        "forward and backward pass.",
-        f"{place.get('gpu', place['processor'])}, {_at_a_time(settled)}, "
-        + ", ".join(f"{name} {packages[name]}" for name in ("torch", "timm", "python") if name in packages)
-        + f", lomar {report['lomar']}, {report['date']}.",
+        f"{row.entry.name} diverged at {', '.join(f'{rate:g}' for rate in row.diverged)}."
+        for row in table
+        if row.diverged
     ]
+    notes.append(
+        "Minutes and images/s are those of all steps, without evaluations, checkpoints and pauses, beside the other "
+        "cells; FLOPs are of forward and backward pass"
+        + (", of rows that predict tokens with their tokenizer's forward pass" if any(map(_of_tokens, table)) else "")
+        + "."
+    )
+    machine = f"{len(hosts)} machines, one of them {place.get('gpu', place['processor'])}"
+    notes.append(
+        f"{machine if len(hosts) > 1 else place.get('gpu', place['processor'])}, {_at_a_time(settled)}, "
+        f"{options.precision}, "
+        + ", ".join(f"{name} {packages[name]}" for name in ("torch", "timm", "python") if name in packages)
+        + f", lomar {report['lomar']}, {report['date']}."
+    )
     return "\n".join([*markdown(table), "", *(f"{note}\n" for note in notes), f"    {report['command']}"]) + "\n"
+
+
+def _of_tokens(row: Row) -> bool:
+    return needs_tokenizer(row.entry.method)
 
 
 def _at_a_time(settled: SettledStudy) -> str:

@@ -2,19 +2,22 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lomar.commands.automatic import Hardware, find_hardware
+from lomar.commands.automatic import SHORT_RUN_LR, Hardware, decoder_for, find_hardware, loading_workers
+from lomar.commands.settling import check_fit
 from lomar.errors import UserError
 from lomar.files import write_atomically
+from lomar.interop.tokenizers import load_tokenizer
+from lomar.methods.recipes import IMAGENET, RECIPES, mask_layer_for
 from lomar.model.encoder import SIZES, size_of
 from lomar.options import StudyOptions, fields_of, flag, suggestion
-from lomar.study.cells import TOKENIZER, Setup
-from lomar.study.grids import STUDIES, Sizes, Study
+from lomar.study.cells import TOKENIZER, Setup, needs_tokenizer
+from lomar.study.grids import STUDIES, Entry, Sizes, Study
 from lomar.study.plan import Plan, chosen_entries
 from lomar.study.splits import PRETRAIN
 
@@ -43,6 +46,7 @@ class SettledStudy:
         options: every one with a value, but for what is chosen by the hardware each time.
         hardware: where.
         plan: its cells.
+        whole: the plan of all rows, also of those that are not asked for.
         setup: what they have in common.
         places: the environment of each job at a time.
         tokenizer: the words of the command that trains one; none where it is not needed.
@@ -53,6 +57,7 @@ class SettledStudy:
     options: StudyOptions
     hardware: Hardware
     plan: Plan
+    whole: Plan
     setup: Setup
     places: list[dict[str, str]]
     tokenizer: list[str]
@@ -76,7 +81,9 @@ def settle(given: Mapping[str, Any]) -> SettledStudy:
     gpu = hardware.device == "cuda"
     there = _settings(out)
     chosen = {option: pair[0 if gpu else 1] for option, pair in _CHOSEN.items()} | {"precision": "auto"}
-    options = StudyOptions(**chosen | there | dict(given))
+    options = StudyOptions(**chosen | there | _settled_here(given))
+    if options.precision == "auto":
+        options = replace(options, precision="bf16" if hardware.bf16 else "fp32")
     _check_same(there, options, out)
     sizes = Sizes(options.image_size, options.patch_size, _depth(options.model))
     if options.image_size % options.patch_size:
@@ -85,19 +92,25 @@ def settle(given: Mapping[str, Any]) -> SettledStudy:
         )
     study = STUDIES[name]
     entries = study.entries(sizes)
+    wanted = entries
     if options.rows:
         names = [entry.name for entry in entries]
         for row in options.rows:
             if row not in names:
                 raise UserError(f"--rows: {name} has no row {row!r}{suggestion(row, names)}; it has {'; '.join(names)}")
-        entries = chosen_entries(entries, options.rows)
+        wanted = chosen_entries(entries, options.rows)
+    for entry in wanted:
+        _check_row(entry, options, sizes)
+    if options.tokenizer and any(needs_tokenizer(entry.method) for entry in wanted):
+        try:
+            load_tokenizer(Path(options.tokenizer))
+        except UserError as error:
+            raise UserError(f"--tokenizer: {error}") from None
     seeds = tuple(dict.fromkeys(options.seeds or ()))
-    plan = Plan(entries, sizes, options.epochs, tuple(sorted(set(options.base_lrs))), seeds)
+    plan = Plan(wanted, sizes, options.epochs, base_lrs(options), seeds)
     places = _places(options, hardware)
-    workers = options.workers if options.workers is not None else (None if gpu or hardware.cores > len(places) else 0)
-    common = {"device": options.device, "precision": options.precision} | (
-        {} if workers is None else {"workers": workers}
-    )
+    share = max(1, hardware.cores // len(places))
+    workers = loading_workers(share, gpu) if options.workers is None else options.workers
     setup = Setup(
         out=out,
         model=options.model,
@@ -107,20 +120,60 @@ def settle(given: Mapping[str, Any]) -> SettledStudy:
         finetune_epochs=options.finetune_epochs,
         finetune_batch_size=options.finetune_batch_size,
         evaluations=options.evaluations,
-        hardware=common,
+        hardware={"device": options.device, "precision": options.precision, "workers": workers},
         tokenizer=Path(options.tokenizer) if options.tokenizer else out / TOKENIZER,
     )
-    tokenizer = [] if options.tokenizer else _tokenizer_words(setup, options)
-    return SettledStudy(name, study, options, hardware, plan, setup, places, tokenizer)
+    tokenizer = [] if options.tokenizer else _tokenizer_words(setup)
+    return SettledStudy(name, study, options, hardware, plan, replace(plan, entries=entries), setup, places, tokenizer)
+
+
+def base_lrs(options: StudyOptions) -> tuple[float, ...]:
+    """The rates of the sweep for 256 images, rising: around what short runs have for a step, if none are given."""
+    short = SHORT_RUN_LR * 256 / options.batch_size
+    return tuple(sorted(set(options.base_lrs or (short / 2, short, 2 * short))))
+
+
+def _settled_here(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as given; the tokenizer's place by its whole path, the same from whatever folder."""
+    return dict(given) | ({"tokenizer": str(Path(given["tokenizer"]).absolute())} if given.get("tokenizer") else {})
+
+
+def _check_row(entry: Entry, options: StudyOptions, sizes: Sizes) -> None:
+    """Refuse a row that could not be trained, before hours are spent on the others.
+
+    Raises:
+        UserError: its windows, patches or widths do not fit.
+    """
+    if not entry.method:
+        return
+    recipe = RECIPES[entry.method].options
+    values = dict(IMAGENET) | dict(recipe) | {"model": options.model}
+    values["mask_layer"] = mask_layer_for(values["mask_layer"], sizes.depth)
+    values |= {"image_size": options.image_size, "patch_size": options.patch_size, "channels": 3}
+    values |= {name: value for name, value, _ in decoder_for(size_of(options.model)[0])}
+    values |= dict(entry.changes)
+    try:
+        if values["patch_size"] < 1:
+            raise UserError(f"--patch-size {options.patch_size} cannot be halved")
+        check_fit(values, None)
+    except UserError as error:
+        raise UserError(f"row {entry.name!r} cannot be trained: {error}; --rows names those to run") from None
 
 
 def keep_settings(settled: SettledStudy) -> None:
-    """Write what all runs in the folder have in common."""
+    """Write what all runs in the folder have in common, while no other process does.
+
+    Raises:
+        UserError: another process has begun a study of other settings there.
+    """
+    out = settled.setup.out
+    path = out / SETTINGS_FILE
+    if path.exists():
+        _check_same(_settings(out), settled.options, out)
+        return
     values = {name: _plain(getattr(settled.options, name)) for name in _settled_options()}
     text = yaml.safe_dump(values, sort_keys=False)
-    path = settled.setup.out / SETTINGS_FILE
-    if not path.exists():
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _settled_options() -> list[str]:
@@ -142,7 +195,8 @@ def _settings(out: Path) -> dict[str, Any]:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; it must be a folder")
     if not path.exists():
-        if out.is_dir() and any(out.iterdir()):
+        # Files that begin with a dot: another process begins just now, or was killed as it did.
+        if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"--out {out} is not empty and holds no study; give a new folder")
         return {}
     try:
@@ -183,7 +237,6 @@ def _places(options: StudyOptions, hardware: Hardware) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": str(max(1, hardware.cores // jobs))} for _ in range(jobs)]
 
 
-def _tokenizer_words(setup: Setup, options: StudyOptions) -> list[str]:
-    words = ["tokenizer", "train", "--data", str(setup.images(PRETRAIN)), "--out", str(setup.tokenizer)]
-    words += ["--resume", "--device", options.device]
-    return words + (["--workers", str(setup.hardware["workers"])] if "workers" in setup.hardware else [])
+def _tokenizer_words(setup: Setup) -> list[str]:
+    words = ["tokenizer", "train", "--data", str(setup.images(PRETRAIN)), "--out", str(setup.tokenizer), "--resume"]
+    return [*words, "--device", setup.hardware["device"], "--workers", str(setup.hardware["workers"])]

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from lomar.figures.curves import COLOURS, STYLE, save_figure
 
@@ -40,7 +41,7 @@ def bars(points: Sequence[Point], path: Path) -> None:
     """
     groups = _groups(points)
     with rc_context(STYLE):
-        height = 1.3 + 0.34 * len(points)
+        height = 1.7 + 0.34 * len(points)
         figure = Figure(figsize=(11.5, height), dpi=150, layout="constrained")
         panels = figure.subplots(1, len(points[0].accuracy), sharey=True, squeeze=False)[0]
         places = range(len(points))
@@ -57,6 +58,9 @@ def bars(points: Sequence[Point], path: Path) -> None:
             axes.grid(axis="y", visible=False)
         panels[0].set_yticks(places, [point.name for point in points])
         panels[0].invert_yaxis()
+        if len(groups) > 1:
+            patches = [Patch(color=colour, label=group) for group, colour in groups.items()]
+            figure.legend(handles=patches, loc="outside lower center", ncols=len(groups))
         save_figure(figure, path)
 
 

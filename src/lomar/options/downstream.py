@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lomar.options.fields import ANY_IMAGES, AUTO, LARGEST_SEED, MOST_WORKERS, option
+from lomar.options.pretraining import MOST_SIDE
 from lomar.options.training import (
     checkpoint_minutes_option,
     checkpoint_steps_option,
@@ -33,7 +34,12 @@ PRECISIONS = ("auto", "fp32", "bf16")
 def scratch_patch_option() -> Any:
     """Patches of an encoder that begins from random weights."""
     return option(
-        "side of a patch, for --model scratch:SIZE", default=None, auto="the model's; 16", low=1, metavar="PX"
+        "side of a patch, for --model scratch:SIZE",
+        default=None,
+        auto="the model's; 16",
+        low=1,
+        high=MOST_SIDE,
+        metavar="PX",
     )
 
 

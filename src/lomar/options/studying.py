@@ -41,9 +41,10 @@ class StudyOptions:
         metavar="N",
         results=False,
     )
-    base_lrs: tuple[float, ...] = option(
+    base_lrs: tuple[float, ...] | None = option(
         "learning rates for 256 images that each row is pretrained with; the best by a probe on images held out counts",
-        default=(2e-3, 4e-3, 8e-3),
+        default=None,
+        auto="half, once and twice 1e-3 a step",
         above=0,
         metavar="LR",
         results=False,
@@ -86,7 +87,7 @@ class StudyOptions:
     # How
     dry_run: bool = option("say what would be run, and run nothing", default=False, results=False)
     jobs: int | None = option(
-        "cells at a time on this machine, each on a GPU of its own, or on its share of the cores",
+        "cells at a time on this machine, spread over its GPUs, or each on its share of the cores",
         default=None,
         auto="one for each GPU; on a CPU one for each core, at most 8",
         low=1,

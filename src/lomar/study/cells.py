@@ -10,12 +10,16 @@ from typing import Any
 from lomar.interop.tokenizers import load_tokenizer
 from lomar.interop.weights import load_reconstructor
 from lomar.methods.cost import STEP, forward_flops, tokenizer_flops
+from lomar.methods.recipes import RECIPES
 from lomar.study.plan import Cell, Job
-from lomar.study.splits import CHOOSE, FOLDER, JUDGE, PRETRAIN, TUNE
+from lomar.study.splits import FOLDER, JUDGE, PRETRAIN, TUNE, WATCH
+from lomar.training.loop import AGAIN_NOT_FINITE, HALVED
+from lomar.training.records import LOG_FILE
 
 CELLS, RESULT, TOKENIZER = "cells", "cell.json", "tokenizer.safetensors"
 LOSSES = 50  # last steps whose mean loss is told
 NEIGHBOURS = 20
+PAUSE = 20  # a step that takes so many median ones was no step: the process or the machine stood still
 
 Found = dict[str, Any]
 
@@ -79,9 +83,15 @@ def steps(job: Job, setup: Setup) -> list[Step]:
     return [*made, _asking(cell, setup, folder), _tuning(cell, setup, folder)] if job.chosen else made
 
 
-def needs_tokenizer(cell: Cell) -> bool:
-    """Whether a cell predicts tokens."""
-    return cell.method.startswith("beit")
+def needs_tokenizer(method: str) -> bool:
+    """Whether a recipe predicts tokens; "" is no pretraining."""
+    return bool(method) and RECIPES[method].options["target"] == "tokens"
+
+
+def divergence(log: Path) -> Found | None:
+    """What is kept of a pretraining that broke off since its loss was not finite again; None if it did not."""
+    said = log.read_text(encoding="utf-8", errors="replace").rstrip().rsplit("\n", 1)[-1]
+    return {"diverged": True} if said.endswith(AGAIN_NOT_FINITE) else None
 
 
 def result_of(folder: Path) -> Found:
@@ -132,8 +142,8 @@ def _pretraining(cell: Cell, setup: Setup, folder: Path) -> Step:
         **setup.hardware,
     }
     if setup.evaluations:
-        options["eval_data"] = setup.images(CHOOSE)
-    if needs_tokenizer(cell):
+        options["eval_data"] = setup.images(WATCH)
+    if needs_tokenizer(cell.method):
         options["tokenizer"] = setup.tokenizer
     return Step("pretraining", ["pretrain", *_words(options)], lambda: _pretrained(run))
 
@@ -154,7 +164,7 @@ def _probing(cell: Cell, setup: Setup, folder: Path) -> Step:
 
 def _asking(cell: Cell, setup: Setup, folder: Path) -> Step:
     answer = folder / "knn.json"
-    layer = result_of(folder).get("probe", {}).get("layer", 1)
+    layer = result_of(folder).get("probe", {}).get("layer", "LAYER")
     options = {
         **_model(cell, setup, folder),
         "data": setup.images(JUDGE),
@@ -188,24 +198,27 @@ def _rows(path: Path) -> list[Found]:
 
 
 def _pretrained(run: Path) -> Found:
-    """Speed is the median step's, so that pauses and evaluations do not count; time is that of all steps at it."""
+    """Time is that of all steps, without evaluations, checkpoints and pauses."""
     rows = [row for row in _rows(run / "metrics.jsonl") if "images_per_s" in row]
     _, c = load_reconstructor(run)
-    speed = statistics.median(row["images_per_s"] for row in rows)
-    images = rows[-1]["step"] * c.batch_size
+    images = len(rows) * c.batch_size
+    seconds = [c.batch_size / row["images_per_s"] for row in rows]
+    usual = statistics.median(seconds)
+    taken = sum(usual if each > PAUSE * usual else each for each in seconds)
     extra = 0
     if c.target == "tokens":
         encoder = load_tokenizer(run / TOKENIZER).encoder
         extra = tokenizer_flops(c.grid, encoder.channels, encoder.width, c.vocab, encoder.blocks_per_group)
     return {
         "images": images,
-        "images_per_s": round(speed, 2),
-        "minutes": round(images / speed / 60, 3),
+        "images_per_s": round(images / taken, 2),
+        "minutes": round(taken / 60, 3),
         "elapsed_s": rows[-1]["elapsed_s"],
         "loss": round(statistics.mean(row["loss"] for row in rows[-LOSSES:]), 5),
         "data_wait": round(statistics.median(row["data_wait"] for row in rows), 4),
         "flops_of_image": STEP * forward_flops(c).total + extra,
-        "gpu_peak_bytes": max((row["peak_bytes"] for row in rows if "peak_bytes" in row), default=None),
+        "peak_bytes": rows[-1].get("peak_bytes"),
+        "diverged": HALVED in (run / LOG_FILE).read_text(encoding="utf-8", errors="replace"),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from lomar.methods.recipes import RECIPES, mask_layer_for
 from lomar.study.grids import Entry, Sizes
 
-# name of a cell -> what is known of it, by step: "pretraining", "probe", "layers", "knn", "finetuned"
+# name of a cell -> what is known of it, by step: "pretraining", "probe", "knn", "finetuned"
 Results = Mapping[str, Mapping[str, Any]]
 
 # Recipes by whose name a cell is called when changes of another one come to the same.
@@ -101,15 +101,20 @@ class Plan:
         return [self._made(entry, epochs, rate, self.seeds[0]) for rate in self.base_lrs]
 
     def rate(self, entry: Entry, found: Results) -> float | None:
-        """The rate whose probe does best on images held out of train/, or the row's whose rate it takes."""
+        """The rate whose probe does best on images held out, or that of the row whose rate it takes.
+
+        None while that is not known, and where training diverged at every rate.
+        """
         if entry.rate_of:
             return self.rate(self.entry(entry.rate_of), found)
         if len(self.base_lrs) == 1:
             return self.base_lrs[0]
         cells = self.sweep(entry, found)
-        if not cells or any("probe" not in found.get(cell.name, {}) for cell in cells):
+        results = {cell.base_lr: found.get(cell.name, {}) for cell in cells}
+        results = {rate: result for rate, result in results.items() if not diverged(result)}
+        if not results or any("probe" not in result for result in results.values()):
             return None
-        return max(cells, key=lambda cell: found[cell.name]["probe"]["held_out"]).base_lr
+        return max(results, key=lambda rate: results[rate]["probe"]["held_out"])
 
     def at_edge(self, entry: Entry, found: Results) -> bool:
         """Whether the best rate is the lowest or the highest that was tried."""
@@ -138,6 +143,11 @@ class Plan:
     def _made(self, entry: Entry, epochs: float, rate: float, seed: int) -> Cell:
         method, changes = canonical(entry.method, entry.changes, self.sizes)
         return Cell(method, tuple(sorted(changes.items())), round(epochs, 6), rate, seed)
+
+
+def diverged(result: Mapping[str, Any]) -> bool:
+    """Whether a cell's pretraining broke off since its loss was not finite, or went on at half the rate after that."""
+    return bool(result.get("pretraining", {}).get("diverged"))
 
 
 def chosen_entries(entries: Sequence[Entry], names: Sequence[str]) -> list[Entry]:

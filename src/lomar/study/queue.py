@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,17 +26,29 @@ from lomar.study.cells import (
     Found,
     Setup,
     Step,
+    divergence,
     needs_tokenizer,
     result_of,
     steps,
 )
-from lomar.study.plan import Job, Plan
+from lomar.study.plan import Job, Plan, diverged
 
-LOG_FILE = "cell.log"
+LOG_FILE, TOKENIZER_FOLDER = "cell.log", "tokenizer"
 ASK_AGAIN_S = 5.0  # what others have finished is looked for
 
-# words of a command, its log, the environment -> exit status, and the most memory the process held, in bytes
-Run = Callable[[Sequence[str], Path, Mapping[str, str]], tuple[int, int]]
+# words of a command, its log, what its environment has beside this process's -> exit status
+Run = Callable[[Sequence[str], Path, Mapping[str, str]], int]
+
+# How torchrun and SLURM tell processes that they work together; a cell's commands work alone.
+_TOGETHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+)
 
 
 class Children:
@@ -46,42 +59,39 @@ class Children:
         self._lock = threading.Lock()
         self.stopping = threading.Event()
 
-    def run(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> tuple[int, int]:
+    def run(self, words: Sequence[str], log: Path, place: Mapping[str, str]) -> int:
         """Run `lomar` with the words; see `Run`. What it prints is added to the log.
 
         In a session of its own: Ctrl-C reaches this process alone, which then asks its children to save and end.
         """
+        environment = {name: value for name, value in os.environ.items() if name not in _TOGETHER}
         with log.open("ab") as out:
             out.write(f"$ lomar {shlex.join(words)}\n".encode(errors="surrogateescape"))
             out.flush()
             with self._lock:
                 if self.stopping.is_set():
-                    return -signal.SIGTERM, 0
+                    return -signal.SIGTERM
                 child = subprocess.Popen(
                     [sys.executable, "-m", "lomar", *words],
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=out,
-                    env=os.environ | environment,
+                    env=environment | dict(place),
                     start_new_session=True,
                 )
                 self._running.add(child)
             try:
-                _, status, usage = os.wait4(child.pid, 0)
+                return child.wait()
             finally:
                 with self._lock:
                     self._running.discard(child)
-            child.returncode = os.waitstatus_to_exitcode(status)  # so that nobody waits for it again
-        scale = 1 if sys.platform == "darwin" else 1024
-        return child.returncode, usage.ru_maxrss * scale
 
     def stop(self) -> None:
         """Ask all to save and end; no other begins."""
         with self._lock:
             self.stopping.set()
             for child in self._running:
-                with contextlib.suppress(ProcessLookupError):
-                    child.terminate()
+                child.terminate()
 
 
 @dataclass
@@ -94,6 +104,7 @@ class Queue:
         tokenizer: the words that train one, run before a cell needs it; none where one was given.
         run: runs a command.
         stopping: set when no other command is to begin.
+        stop: asks the commands that run to save and end, and sets it.
         say: tells how far it is.
         done: called after each command that went well.
     """
@@ -103,6 +114,7 @@ class Queue:
     tokenizer: Sequence[str]
     run: Run
     stopping: threading.Event
+    stop: Callable[[], None]
     say: Callable[[str], None]
     done: Callable[[], object]
     failed: dict[str, str] = field(default_factory=dict)
@@ -122,6 +134,7 @@ class Queue:
             job
             for job in self.plan.jobs(found)
             if job.cell.name not in self.failed
+            and not diverged(found.get(job.cell.name, {}))
             and any(step.name not in found.get(job.cell.name, {}) for step in steps(job, self.setup))
         ]
 
@@ -136,9 +149,10 @@ class Queue:
         def worker(place: Mapping[str, str]) -> None:
             try:
                 self._worker(place)
-            except BaseException as error:  # told by the thread that waits
+            except BaseException as error:  # raised by the thread that waits
                 errors.append(error)
-                self.stopping.set()
+                self.say(f"stopping: {error}")
+                self.stop()
 
         threads = [threading.Thread(target=worker, args=(place,), daemon=True) for place in places]
         for thread in threads:
@@ -161,9 +175,11 @@ class Queue:
         """Do what is next of a job, if nobody else is at it; whether something was done."""
         if self.stopping.is_set():
             return True
-        if needs_tokenizer(job.cell) and not self._has_tokenizer():
-            with self._claim(self.setup.out / "tokenizer", "tokenizer") as mine:
-                return mine and self._made_tokenizer(job, place)
+        if needs_tokenizer(job.cell.method) and not self._has_tokenizer():
+            tokenizer = self.setup.tokenizer
+            folder = self.setup.out / TOKENIZER_FOLDER
+            with self._claim(folder, "tokenizer", tokenizer.with_name(f".{tokenizer.name}.lock")) as mine:
+                return mine and self._made_tokenizer(folder, place)
         folder = self.setup.folder(job.cell)
         with self._claim(folder, job.cell.name) as mine:
             return mine and self._advanced(job, folder, place)
@@ -171,15 +187,21 @@ class Queue:
     def _has_tokenizer(self) -> bool:
         return not self.tokenizer or self.setup.tokenizer.exists()
 
-    def _made_tokenizer(self, job: Job, place: Mapping[str, str]) -> bool:
+    def _made_tokenizer(self, folder: Path, place: Mapping[str, str]) -> bool:
         if self._has_tokenizer():
             return False
         self.say("tokenizer: begins")
-        status, _ = self.run(self.tokenizer, self.setup.out / "tokenizer" / LOG_FILE, place)
-        if status and not self.stopping.is_set():
+        began = time.monotonic()
+        status = self.run(self.tokenizer, folder / LOG_FILE, place)
+        if not status:
+            taken = time.monotonic() - began
+            kept = {"command": shlex.join(["lomar", *self.tokenizer]), "last_sitting_s": round(taken, 1), **_where()}
+            _write(folder / RESULT, kept)
+            self.say(f"tokenizer: done in {_clock(taken)}")
+        elif not self.stopping.is_set():
             for other in self.plan.jobs(self.found()):
-                if needs_tokenizer(other.cell):
-                    self._fails(other.cell.name, self.setup.out / "tokenizer" / LOG_FILE, status)
+                if needs_tokenizer(other.cell.method):
+                    self._fails(other.cell.name, folder / LOG_FILE, status)
         return True
 
     def _advanced(self, job: Job, folder: Path, place: Mapping[str, str]) -> bool:
@@ -192,6 +214,8 @@ class Queue:
             if self.stopping.is_set():
                 return True
             step = steps(job, self.setup)[number]  # the words of later commands depend on what earlier ones found
+            if diverged(result):
+                return True
             self.say(f"{name}: {step.name} begins")
             began = time.monotonic()
             found = self._step(step, folder, place)
@@ -207,24 +231,40 @@ class Queue:
         """What a command left; None where it failed or was stopped."""
         if step.written:
             step.written.unlink(missing_ok=True)
-        status, peak_bytes = self.run(step.words, folder / LOG_FILE, place)
+        log = folder / LOG_FILE
+        status = self.run(step.words, log, place)
+        kept = {"command": shlex.join(["lomar", *step.words]), **_where()}
         if status:
-            if not self.stopping.is_set():
-                self._fails(folder.name, folder / LOG_FILE, status)
+            if self.stopping.is_set():
+                return None
+            if step.name == "pretraining" and (found := divergence(log)):
+                return found | kept
+            self._fails(folder.name, log, status)
             return None
-        return step.read() | {"command": shlex.join(["lomar", *step.words]), "peak_bytes": peak_bytes}
+        try:
+            return step.read() | kept
+        except (OSError, ValueError, LookupError, UserError) as error:
+            self._fails(folder.name, log, status, f"what it left cannot be read: {error}")
+            return None
 
-    def _fails(self, name: str, log: Path, status: int) -> None:
-        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        reason = said[-1].strip() if said else f"ended with status {status}"
+    def _fails(self, name: str, log: Path, status: int, reason: str = "") -> None:
         if status < 0:
             reason = f"ended by signal {-status}" + ", perhaps for want of memory" * (status == -signal.SIGKILL)
+        if not reason:
+            said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+            reason = said[-1].strip() if said else f"ended with status {status}"
         self.failed[name] = f"{reason} (see {log})"
         self.say(f"{name}: failed: {self.failed[name]}")
 
     @contextlib.contextmanager
-    def _claim(self, folder: Path, name: str) -> Iterator[bool]:
-        """Whether nobody else, in this process or another, is at a cell; it is this one's until the end."""
+    def _claim(self, folder: Path, name: str, *others: Path) -> Iterator[bool]:
+        """Whether nobody else, in this process or another, is at a cell; it is this one's until the end.
+
+        Args:
+            folder: of the cell.
+            name: of the cell.
+            others: locks that its commands hold elsewhere.
+        """
         with self._lock:
             taken = name in self._claimed
             self._claimed.add(name)
@@ -235,7 +275,7 @@ class Queue:
             with contextlib.ExitStack() as stack:
                 try:
                     stack.enter_context(only_writer(folder / LOCK_FILE, name))
-                    for lock in folder.glob(f"*/{LOCK_FILE}"):  # of a command that outlived a study that was killed
+                    for lock in (*folder.glob(f"*/{LOCK_FILE}"), *others):  # of a command that outlived a killed study
                         with only_writer(lock, name):
                             pass
                 except UserError:  # another process has it
@@ -261,6 +301,11 @@ def in_turn(lock: Path) -> Iterator[None]:
             return
 
 
+def _where() -> Found:
+    """The machine that something was found on."""
+    return {"host": socket.gethostname()}
+
+
 def _described(job: Job) -> dict[str, Any]:
     cell = job.cell
     return {
@@ -279,6 +324,8 @@ def _write(path: Path, result: Mapping[str, Any]) -> None:
 
 def _shown(found: Found) -> str:
     known = {"images_per_s": "{:.0f} images/s", "held_out": "{:.1%} held out", "top1": "{:.1%}"}
+    if found.get("diverged"):
+        return ": diverged"
     words = [form.format(found[name]) for name, form in known.items() if found.get(name) is not None]
     if "held_out" in found:
         words = words[:1]  # what is held out chooses; val is for the table

@@ -1,4 +1,4 @@
-"""Which labelled images pretrain, choose and judge: lists that are drawn once and lie beside a study."""
+"""Which labelled images pretrain, are learnt from and judge: lists that are drawn once and lie beside a study."""
 
 import csv
 import io
@@ -12,15 +12,15 @@ from lomar.files import write_atomically
 
 HELD_SHARE = 0.1  # of the images of each class that train
 FOLDER = "images"
-PRETRAIN, CHOOSE, JUDGE, TUNE = "pretrain.txt", "choose.csv", "judge.csv", "finetune.csv"
+PRETRAIN, WATCH, JUDGE, TUNE = "pretrain.txt", "watch.csv", "judge.csv", "finetune.csv"
 
 
 def draw_lists(data: str, bank: int | None, labels: int | None) -> tuple[LabelledData, dict[str, bytes]]:
     """The lists that the cells of a study read, by name; nothing is written.
 
-    `pretrain.txt` names all images that train; `choose.csv` has nine tenths of them as train and the held-out tenth as
-    val; `judge.csv` has `bank` of each class as train and val/ as val, `finetune.csv` the same with `labels` of each
-    class.
+    `pretrain.txt` names all images that train; `watch.csv`, for the k-NN that runs measure of themselves, has nine
+    tenths of them as train and the rest as val; `judge.csv` has `bank` of each class as train and val/ as val,
+    `finetune.csv` the same with `labels` of each class.
 
     Args:
         data: labelled images, see `labelled_data`.
@@ -33,7 +33,7 @@ def draw_lists(data: str, bank: int | None, labels: int | None) -> tuple[Labelle
     known, held = held_out(found.train, HELD_SHARE, SPLIT_SEED, "study")
     lists = {
         PRETRAIN: "".join(f"{path}\n" for path in _paths(found.train, data)),
-        CHOOSE: _table(data, found.classes, {"train": known, "val": held}),
+        WATCH: _table(data, found.classes, {"train": known, "val": held}),
         JUDGE: _table(data, found.classes, {"train": _few(found, bank, "--bank"), "val": found.val}),
         TUNE: _table(data, found.classes, {"train": _few(found, labels, "--labels"), "val": found.val}),
     }
@@ -77,12 +77,12 @@ def _few(found: LabelledData, count: int | None, flag: str) -> Labelled:
 
 def _paths(part: Labelled, data: str) -> Iterable[str]:
     for index in range(len(part)):
-        path = Path(os.fsdecode(part.source.path(index)))
+        path = Path(os.fsdecode(part.source.path(index))).absolute()  # links stay as they are
         if not path.is_file():
             raise UserError(f"--data {data}: a study needs images in files of this machine, and {path} is none")
         if "\n" in str(path):
             raise UserError(f"--data {data}: {str(path)!r} has a line break in its name")
-        yield str(path.resolve())
+        yield str(path)
 
 
 def _table(data: str, classes: Sequence[str], parts: dict[str, Labelled]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lomar.study.grids import Entry
-from lomar.study.plan import Plan, Results
+from lomar.study.plan import Plan, Results, diverged
 
 JUDGED = {"knn": "k-NN", "probe": "linear probe", "finetuned": "fine-tuned"}
 
@@ -34,7 +34,8 @@ class Row:
         epochs: of pretraining.
         seeds: that were judged to the end.
         accuracy: top-1 by "knn", "probe" and "finetuned", from 0 to 1.
-        layers: the block whose features k-NN and probe read, of each seed; chosen on images held out.
+        layers: the block after which k-NN and probe read features, from 1, of each seed; chosen on images held out.
+        diverged: rates at which a run diverged.
         minutes, images_per_s, peak_bytes, flops_of_image: of pretraining; medians over the seeds.
     """
 
@@ -45,6 +46,7 @@ class Row:
     seeds: int
     accuracy: dict[str, Spread]
     layers: list[int]
+    diverged: list[float]
     minutes: float | None
     images_per_s: float | None
     peak_bytes: float | None
@@ -59,7 +61,8 @@ def rows(plan: Plan, found: Results) -> list[Row]:
 def _row(plan: Plan, entry: Entry, found: Results) -> Row:
     cells = [plan.cell(entry, seed, found) for seed in plan.seeds]
     results = [found.get(cell.name, {}) for cell in cells if cell]
-    judged = [result for result in results if all(name in result for name in JUDGED)]
+    judged = [result for result in results if not diverged(result) and all(name in result for name in JUDGED)]
+    tried = [*plan.sweep(entry, found), *(cell for cell in cells if cell)]
     runs = [result["pretraining"] for result in judged if "pretraining" in result]
 
     def median(name: str) -> float | None:
@@ -74,9 +77,10 @@ def _row(plan: Plan, entry: Entry, found: Results) -> Row:
         seeds=len(judged),
         accuracy={name: spread([result[name]["top1"] for result in judged]) for name in JUDGED} if judged else {},
         layers=[result["probe"]["layer"] for result in judged],
+        diverged=sorted({cell.base_lr for cell in tried if diverged(found.get(cell.name, {}))}),
         minutes=median("minutes"),
         images_per_s=median("images_per_s"),
-        peak_bytes=median("gpu_peak_bytes") or median("peak_bytes"),
+        peak_bytes=median("peak_bytes"),
         flops_of_image=median("flops_of_image"),
     )
 
@@ -89,7 +93,7 @@ def spread(values: Sequence[float]) -> Spread:
 def markdown(found: Sequence[Row]) -> list[str]:
     """The lines of the table, columns aligned."""
     course, cost = ("rate", "epochs", "seeds"), ("minutes", "images/s", "peak, GB", "MFLOP an image")
-    titles = ["", *course, *JUDGED.values(), "at block", *cost]
+    titles = ["", *course, *JUDGED.values(), "features of layer", *cost]
     cells = [titles, *(_cells(row) for row in found)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -105,7 +109,7 @@ def _cells(row: Row) -> list[str]:
     accuracies = (row.accuracy.get(name) for name in JUDGED)
     return [
         row.entry.name,
-        number(row.base_lr, "{:g}") + " *" * row.at_edge,
+        number(row.base_lr, "{:g}") + " *" * row.at_edge + f" (as {row.entry.rate_of})" * bool(row.entry.rate_of),
         number(row.epochs, "{:g}"),
         str(row.seeds),
         *(Spread(100 * s.mean, s.deviation and 100 * s.deviation).text("{:.1f}") if s else "-" for s in accuracies),
@@ -129,6 +133,7 @@ def values(row: Row) -> dict[str, Any]:
         "seeds": row.seeds,
         "accuracy": {name: {"mean": s.mean, "deviation": s.deviation} for name, s in row.accuracy.items()},
         "layers": row.layers,
+        "diverged_at": row.diverged,
         "pretraining_minutes": row.minutes,
         "images_per_s": row.images_per_s,
         "peak_bytes": row.peak_bytes,

@@ -18,7 +18,7 @@ from lomar.errors import TrainingError, UserError
 from lomar.training.bad_files import BadFiles
 from lomar.training.checkpoint import FOLDER, Checkpoints
 from lomar.training.keeping import Keeper, why
-from lomar.training.memory import keep_freed_memory
+from lomar.training.memory import keep_freed_memory, peak_bytes
 from lomar.training.optim import Schedule, StepSchedule
 from lomar.training.processes import first_alone, said_by_all
 from lomar.training.records import Display, Metrics, Row, TensorBoard
@@ -27,6 +27,9 @@ from lomar.training.step import Step, on_device
 
 # Rows wait this many steps at most: one look at the device for several steps, and little to lose.
 BUFFERED_STEPS = 10
+# What is said of losses that are not finite; `lomar study` knows runs by it.
+HALVED = "with half the learning rate"
+AGAIN_NOT_FINITE = "it happened again after the learning rate was halved"
 LOOK_SECONDS = 5  # of several GPUs: how late a signal may be answered, if steps are shorter than that
 EVALUATION_SHARE = 0.1  # of the run's time, unless an interval is asked for
 
@@ -261,10 +264,10 @@ class Trainer:
                 return self._train(stop)
             except NonFiniteError as error:
                 if self.progress.lr_factor < 1:
-                    raise TrainingError(f"{error}; it happened again after the learning rate was halved") from None
+                    raise TrainingError(f"{error}; {AGAIN_NOT_FINITE}") from None
                 self.restore()
                 self.progress.lr_factor = 0.5
-                self.display.say(f"{error}; back to step {self.progress.step} with half the learning rate")
+                self.display.say(f"{error}; back to step {self.progress.step} {HALVED}")
                 self.save()
 
     def _train(self, stop: StopRequest) -> bool:
@@ -294,6 +297,8 @@ class Trainer:
                 stopping, by_time, bad = self._any(wishes)
                 if bad:
                     self._tell_bad()
+            if finished:
+                row["peak_bytes"] = peak_bytes(self.fabric.device)
             if finished or self._evaluation_due():
                 if not loss.isfinite() or not grad_norm.isfinite():
                     self.flush()  # raises; such weights are not to be evaluated
@@ -348,8 +353,6 @@ class Trainer:
         self._buffer[-1][1].item()  # waits for the device: only now the steps' time is known
         took_s = max(1e-9, time.monotonic() - self._last_flush) / len(self._buffer)  # a step
         self._last_flush = time.monotonic()
-        if self.fabric.device.type == "cuda":
-            self._buffer[-1][0]["peak_bytes"] = torch.cuda.max_memory_allocated(self.fabric.device)
         for row, loss, grad_norm, names in self._buffer:
             row["images_per_s"] = round(self.course.batch_size / took_s, 2)
             row["data_wait"] = round(min(1.0, row["data_wait"] / took_s), 4)

@@ -1,8 +1,12 @@
-"""How much memory a training step keeps, and that a CPU need not fetch it anew for each step."""
+"""How much memory a process holds and a training step keeps; that a CPU need not fetch it anew for each step."""
 
+import contextlib
 import ctypes
+import re
+import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +29,32 @@ def saved_bytes(forward: Callable[[], object]) -> int:
         result = forward()
     del result
     return sum(kept.values())
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; where the system does not say, its peak."""
+    return process_status("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has held."""
+    # Not ru_maxrss on Linux: a new program inherits it from the process that started it.
+    return process_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def process_status(name: str) -> int:
+    """Bytes that Linux tells of this process under a name such as VmRSS; 0 elsewhere."""
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024
+    return 0
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held: of a GPU's memory what its tensors took, else resident."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
