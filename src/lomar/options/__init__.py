@@ -29,6 +29,7 @@ from lomar.options.fields import (
 from lomar.options.pictures import AttentionOptions, ReconstructOptions
 from lomar.options.preparing import PrepareOptions
 from lomar.options.pretraining import PretrainOptions, RecipesOptions, TokenizerOptions
+from lomar.options.reporting import ReportOptions
 from lomar.options.weights import ConvertOptions, ExportOptions
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "ProbeOptions",
     "RecipesOptions",
     "ReconstructOptions",
+    "ReportOptions",
     "TokenizerOptions",
     "convert",
     "converted",
