@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lomar.commands.report_pictures import shown_of
+from lomar.commands.report_pictures import kept_pictures
 from lomar.errors import UserError
 from lomar.figures.charts import Chart, charts_of, distance_chart
 from lomar.files import write_atomically
@@ -50,10 +50,12 @@ def _report(given: Mapping[str, Any]) -> Path:
             _say(f"{name}: {hint.severity}: {hint.text}")
         if not hints_on(record):
             _say(f"{name}: {QUIET}")
-    shown = [
-        shown_of(record, options, lambda text, name=name: _say(f"{name}: {text}", sys.stderr))
-        for name, record in zip(names, records, strict=True)
-    ]
+    shown = [kept_pictures(record) for record in records]
+    if not options.no_model:
+        from lomar.commands.report_model import ask_model  # with torch, for which a report of files does not wait
+
+        for name, record, each in zip(names, records, shown, strict=True):
+            ask_model(record, each, options, lambda text, name=name: _say(f"lomar: {name}: {text}", sys.stderr))
     charts = charts_of({name: record.rows for name, record in zip(names, records, strict=True)})
     distances = {name: each.distances for name, each in zip(names, shown, strict=True) if each.distances}
     distance = _picture(distance_chart(distances)) if distances else None

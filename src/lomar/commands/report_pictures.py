@@ -1,87 +1,41 @@
-"""What a report draws of a run: its own pictures, made small, and what its last weights make of images."""
+"""The pictures that a run has drawn of itself, made small for a report; without asking the model anything."""
 
 import io
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 
-from lomar.commands.attention import distances_of, looks_of, subject_of
-from lomar.commands.automatic import find_hardware
-from lomar.commands.evaluation import PICTURED_IMAGES, TOKENS_AT_ONCE
-from lomar.commands.judging import CONFUSION_FILE
-from lomar.commands.map import folders_of, layout
-from lomar.commands.panels import caption, central_crops, images_named, panels, pixel_format, tokenised_crops
-from lomar.commands.settling import TOKENIZER_FILE
-from lomar.data.addresses import is_address
-from lomar.data.labels import evaluation_split
-from lomar.data.loader import centre_crops
-from lomar.data.opening import open_source
-from lomar.data.sources import ImageSource
-from lomar.data.survey import spread
-from lomar.downstream.embedding import unit_length
-from lomar.downstream.features import Wanted, features_in_batches
 from lomar.errors import UserError, is_out_of_memory
-from lomar.figures.map import MOST_COLOURS, cell_px, map_figure
-from lomar.figures.reconstruction import Panel, columns_of, filled_in
-from lomar.figures.sheet import Rgb, rgb, shown_range
-from lomar.interop.models import input_of
-from lomar.interop.tokenizers import load_tokenizer
-from lomar.interop.weights import first_line, load, load_reconstructor
-from lomar.methods.targets import VisualTokens
-from lomar.options import AttentionOptions, ReportOptions
+from lomar.figures.reconstruction import columns_of
 from lomar.reporting.page import Picture, Shown
 from lomar.reporting.reading import RunRecord
-from lomar.training.checkpoint import FOLDER, Checkpoints
 
 TILE_PX = 168  # side of a tile of a strip: shown at up to 150
 MOST_STEPS = 8  # of reconstructions over time
 MOST_PX = 1600  # width of a picture
-LEAST_MAPPED = 3
-ATTENTIVE_IMAGES = 16
-PIXELS_HELD = 2**28  # bytes of the images of a map
 QUALITY = 85  # of JPEG: where the eye sees no loss in a photograph
 PAPER = (255, 255, 255)
 
 # Pictures that runs draw of their results: file in figures/ -> title and what it shows.
 _OF_RESULTS = {
-    CONFUSION_FILE: ("Confusion matrix", "Confusion matrix: which share of each true class was taken for each class"),
+    "confusion.png": ("Confusion matrix", "Confusion matrix: which share of each true class was taken for each class"),
     "detections.png": ("What it finds", "Images with their true objects, beside the objects that were found"),
 }
 
 
-def shown_of(run: RunRecord, options: ReportOptions, say: Callable[[str], object]) -> Shown:
-    """All pictures of a run, as far as they can be made; what fails is a note in its section.
-
-    Args:
-        run: what was read of it.
-        options: images, ratios, limits, device.
-        say: tells what is done now.
-    """
+def kept_pictures(run: RunRecord) -> Shown:
+    """Those in a run's folder; what fails is a note in its section."""
     shown = Shown()
-    _attempt(shown, "results", lambda: _results(run, shown))
+    attempt(shown, "results", lambda: _results(run, shown))
     if run.kind == "pretrain":
-        _attempt(shown, "over-time", lambda: _over_time(run, shown))
-    if options.no_model or run.kind not in ("pretrain", "finetune"):
-        return shown
-    say("asking the model for attention" + (" and reconstructions" if run.kind == "pretrain" else ""))
-    images = _Images(run, options)
-    if run.kind == "pretrain":
-        _attempt(shown, "ratios", lambda: _ratios(run, shown, options, images))
-    _attempt(shown, "attention", lambda: _attention(run, shown, options, images))
-    if options.samples:
-        say(f"embedding up to {options.samples} images for the map")
-        _attempt(shown, "map", lambda: _map(run, shown, options, images))
+        attempt(shown, "over-time", lambda: _over_time(run, shown))
     return shown
 
 
-def _attempt(shown: Shown, section: str, draw: Callable[[], object]) -> None:
+def attempt(shown: Shown, section: str, draw: Callable[[], object]) -> None:
     """Whatever goes wrong in one section costs that section alone."""
     try:
         draw()
@@ -89,80 +43,11 @@ def _attempt(shown: Shown, section: str, draw: Callable[[], object]) -> None:
         if is_out_of_memory(error):
             reason = "no memory is left for it"
         elif isinstance(error, UserError | OSError | ValueError):
-            reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+            reason = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
         else:
             logging.getLogger("lomar").debug("a section of a report failed", exc_info=True)
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = f"{type(error).__name__}: {_first_line(error)}"
         shown.notes[section] = f"This could not be drawn: {reason}."
-
-
-@dataclass(frozen=True)
-class _Mapped:
-    """Images of a map, and what colours them.
-
-    Args:
-        source: the images.
-        groups: of each the index of its name.
-        names: of the groups; none draws no colours.
-        of: what they are, in words.
-    """
-
-    source: ImageSource
-    groups: Sequence[int]
-    names: Sequence[str]
-    of: str
-
-
-class _Images:
-    """The images that a report asks the model about: those of --images, else the run's own where they are at hand."""
-
-    def __init__(self, run: RunRecord, options: ReportOptions) -> None:
-        self._run, self._options = run, options
-        self._of = ", ".join(options.images or ())
-
-    def some(self, count: int) -> tuple[ImageSource, str]:
-        """At most so many, evenly spread, and what they are in words.
-
-        Raises:
-            UserError: there is none.
-        """
-        if self._options.images:
-            source = images_named(self._options.images, of_a_folder=None)
-            return source.subset(spread(len(source), count)), f"of {self._of}"
-        source = open_source(self._own("data"))
-        return source.subset(spread(len(source), count)), "the run was trained on"
-
-    def mapped(self) -> _Mapped:
-        """Those of the map: labelled ones that judge where the run has such, and their classes.
-
-        Raises:
-            UserError: there is none.
-        """
-        limit, seed = self._options.samples, self._options.seed
-        labelled = next((name for name in ("eval_data", "val") if self._run.option(name, str)), "data")
-        if not self._options.images and (labelled != "data" or self._run.kind == "finetune"):
-            split = evaluation_split(self._own(labelled), seed, limit, limit, flag=f"--{labelled.replace('_', '-')}")
-            if split is not None:
-                part = split.val
-                return _Mapped(
-                    part.source, part.labels.tolist(), split.classes, f"that judge, of {self._own(labelled)}"
-                )
-        source, of = self.some(limit)
-        groups, names = folders_of([source.name(index) for index in range(len(source))])
-        return _Mapped(source, groups, names, of)
-
-    def _own(self, option: str) -> str:
-        """Where the run's images are.
-
-        Raises:
-            UserError: that is not known, or it is on a network, which a report does not ask.
-        """
-        data = self._run.option(option, str)
-        if data is None:
-            raise UserError(f"the run's configuration does not name its images (--{option}); --images does")
-        if is_address(data) or data.startswith(("hf:", "torchvision:")):
-            raise UserError(f"the run's images are at {data}, which a report does not ask; --images names some here")
-        return data
 
 
 def _results(run: RunRecord, shown: Shown) -> None:
@@ -171,11 +56,11 @@ def _results(run: RunRecord, shown: Shown) -> None:
     for name, (title, alt) in _OF_RESULTS.items():
         path = run.folder / "figures" / name
         if run.kind != "tokenizer train" and path.is_file():
-            found.append(Picture(title, *_encoded(_read(path), photograph=name != CONFUSION_FILE), alt))
+            found.append(Picture(title, *encoded(_read(path), photograph=name != "confusion.png"), alt))
     if run.kind == "tokenizer train" and run.path.with_suffix(".png").is_file():
         picture = _read(run.path.with_suffix(".png"))
         alt = "Images, and below each what the tokenizer decodes from its tokens"
-        found.append(Picture("What is kept", *_encoded(picture), alt))
+        found.append(Picture("What is kept", *encoded(picture), alt))
     shown.results = found
 
 
@@ -185,7 +70,8 @@ def _over_time(run: RunRecord, shown: Shown) -> None:
     if not steps:
         shown.notes["over-time"] = "The run has not drawn any yet."
         return
-    chosen = [steps[place] for place in spread(len(steps), MOST_STEPS)]
+    places = np.linspace(0, len(steps) - 1, min(len(steps), MOST_STEPS)).round().astype(int)
+    chosen = [steps[place] for place in places]
     whole = run.config.get("window_size") == 0
     strips: list[Picture] = []
     for step in chosen:
@@ -197,10 +83,10 @@ def _over_time(run: RunRecord, shown: Shown) -> None:
             continue
         if not strips:
             for title in ("original", "masked"):
-                strips.append(_strip(title, [columns[title]], f"{title} images"))
+                strips.append(strip(title, [columns[title]], f"{title} images"))
         title = "before training" if step == 0 else f"step {step:,}"
         alt = f"the same images filled in, {title}"
-        strips.append(_strip(title, [columns["reconstruction"]], alt))
+        strips.append(strip(title, [columns["reconstruction"]], alt))
     shown.over_time = strips
     shown.notes["over-time"] = (
         "The same images and masks at each evaluation; visible patches are the true ones."
@@ -209,130 +95,7 @@ def _over_time(run: RunRecord, shown: Shown) -> None:
     )
 
 
-def _ratios(run: RunRecord, shown: Shown, options: ReportOptions, images: _Images) -> None:
-    """The same windows at several mask ratios."""
-    method, composition = load_reconstructor(run.folder)
-    method.to(find_hardware(options.device).device)
-    if isinstance(method.target, VisualTokens):
-        method.target.attach(load_tokenizer(run.folder / TOKENIZER_FILE))
-    source, of = images.some(PICTURED_IMAGES)
-    fmt = pixel_format(len(composition.mean), composition.scale)
-    pixels, _ = central_crops(source, fmt, composition.image_size)
-    if not len(pixels):
-        raise UserError(f"none of {len(source)} images can be read, for example {source.name(0)}")
-    tokenised = tokenised_crops(method, source, fmt)
-    strips: list[Picture] = []
-    impossible = []
-    for ratio in options.mask_ratios:
-        try:
-            masked = composition.with_mask_ratio(method, ratio)
-        except ValueError:  # it would hide nothing, or all
-            impossible.append(ratio)
-            continue
-        drawn = panels(masked, pixels, options.seed, tokenised)
-        if not drawn:
-            raise UserError("the method predicts what cannot be shown as pixels")
-        if not strips:
-            strips.append(_strip("window", [[_window(panel) for panel in drawn]], "the windows as they are"))
-        tiles = [list(column) for column in zip(*(filled_in(panel, TILE_PX) for panel in drawn), strict=True)]
-        alt = f"the windows with {ratio:.0%} of their patches hidden, and filled in"
-        strips.append(_strip(f"{ratio:.0%} hidden", tiles, alt, wide=True))
-    shown.ratios = strips
-    trained = f"Trained at {run.config['mask_ratio']:.0%}. " if run.option("mask_ratio", float) else ""
-    shown.notes["ratios"] = (
-        f"{_weights(run)} Images {of}, at ratios it was and was not trained for. {trained}{caption(method)}"
-        + "".join(f" At {ratio:.0%} nothing is hidden, or all." for ratio in impossible)
-    )
-
-
-def _attention(run: RunRecord, shown: Shown, options: ReportOptions, images: _Images) -> None:
-    """How far patches look in each layer."""
-    subject = subject_of(AttentionOptions(model=str(run.folder), images=(), out="", seed=options.seed))
-    source, of = images.some(ATTENTIVE_IMAGES)
-    fmt = pixel_format(subject.channels, subject.scale)
-    pixels, _ = central_crops(source, fmt, subject.grid[0] * subject.patch_px)
-    if not len(pixels):
-        raise UserError(f"none of {len(source)} images can be read, for example {source.name(0)}")
-    looks = [looks_of(subject, image, subject.place(number, None)) for number, image in enumerate(pixels)]
-    shown.distances = [(distance, even) for distance, even in distances_of(looks)]
-    early = "" if subject.first == 1 else f" Before layer {subject.first} there are visible patches alone."
-    shown.notes["attention"] = (
-        f"How far {subject.looking}es of {'{}x{}'.format(*subject.size)} look in the {subject.part}, weighted by their "
-        f"attention: mean over heads and over {len(pixels)} images {of}.{early} Distances near those of attention "
-        "spread evenly mean that a layer looks everywhere alike."
-    )
-
-
-def _map(run: RunRecord, shown: Shown, options: ReportOptions, images: _Images) -> None:
-    """Images where their features put them."""
-    encoder = load(run.folder)
-    takes = input_of(encoder)
-    device = torch.device(find_hardware(options.device).device)
-    encoder.to(device)
-    mapped = images.mapped()
-    fmt = pixel_format(takes.channels, takes.scale)
-    bytes_each = takes.channels * takes.size[0] * takes.size[1] * np.dtype(fmt.dtype).itemsize
-    kept = spread(len(mapped.source), max(LEAST_MAPPED, min(options.samples, PIXELS_HELD // bytes_each)))
-    source, groups, names = mapped.source.subset(kept), [mapped.groups[index] for index in kept], mapped.names
-    tokens = (takes.size[0] // encoder.patch_embed.patch_size[0]) * (takes.size[1] // encoder.patch_embed.patch_size[1])
-    crops = centre_crops(source, fmt, takes.size, 0, max(1, min(64, TOKENS_AT_ONCE // tokens)), takes.crop_pct)
-    thumbnails: list[Rgb] = []
-
-    def watched() -> Any:
-        for pixels, good in crops:
-            thumbnails.extend(rgb(each, shown_range(each)) for each in pixels.numpy())
-            yield pixels, good
-
-    features: list[NDArray[np.float32]] = []
-    usable: list[bool] = []
-    for (found,), good in features_in_batches(encoder, [Wanted("pooled")], watched(), takes.normalise, device):
-        features.append(found.numpy())
-        usable += good.tolist()
-    good_ones = np.flatnonzero(usable)
-    if len(good_ones) < LEAST_MAPPED:
-        raise UserError(f"a map needs {LEAST_MAPPED} images, and {len(good_ones)} can be used")
-    places, how = layout(unit_length(np.concatenate(features)[good_ones]), "tsne", options.seed)
-    note = ""
-    if len(names) > MOST_COLOURS:
-        note = f" {len(names)} classes are too many for colours."
-    if not 2 <= len(names) <= MOST_COLOURS:
-        groups, names = [0] * len(groups), []
-    side = cell_px(len(good_ones))
-    small = [_small(thumbnails[index], side) for index in good_ones]
-    printable = [name.encode(errors="replace").decode() for name in names]
-    drawn = map_figure(small, places, [groups[index] for index in good_ones], printable, "")
-    alt = f"{len(good_ones)} images laid out so that those with like features are near each other"
-    shown.map = Picture("", *_encoded(drawn), alt + (f", framed by {len(names)} classes" if names else ""))
-    shown.notes["map"] = (
-        f"{_weights(run)} {len(good_ones)} images {mapped.of}, by {how} of the encoder's pooled features. Each stands "
-        f"in the free cell nearest to its place.{note}"
-    )
-
-
-def _weights(run: RunRecord) -> str:
-    """Which weights were asked, as far as the checkpoints tell."""
-    steps = Checkpoints(run.folder / FOLDER).steps()
-    if run.kind == "finetune":
-        return "The best classifier's weights."
-    return f"Weights of step {steps[0]:,}." if steps else "The run's last weights."
-
-
-def _window(panel: Panel) -> Image.Image:
-    """A panel's window as it is."""
-    image = rgb(panel.original, shown_range(panel.original))
-    return Image.fromarray(image[panel.box()])
-
-
-def _small(pixels: Rgb, side: int) -> Rgb:
-    """The middle square of a thumbnail."""
-    height, width = pixels.shape[:2]
-    least = min(height, width)
-    top, left = (height - least) // 2, (width - least) // 2
-    square = Image.fromarray(pixels[top : top + least, left : left + least])
-    return np.asarray(square.resize((side, side), Image.Resampling.LANCZOS))
-
-
-def _strip(title: str, columns: Sequence[Sequence[Image.Image]], alt: str, wide: bool = False) -> Picture:
+def strip(title: str, columns: Sequence[Sequence[Image.Image]], alt: str, wide: bool = False) -> Picture:
     """Tiles below each other, in one column or two."""
     gap = 5
     rows, pitch = len(columns[0]), TILE_PX + gap
@@ -341,7 +104,7 @@ def _strip(title: str, columns: Sequence[Sequence[Image.Image]], alt: str, wide:
         for down, each in enumerate(column):
             small = each.convert("RGB").resize((TILE_PX, TILE_PX), _resampling(each))
             strip.paste(small, (across * pitch, down * pitch))
-    return Picture(title, *_encoded(strip), alt, wide)
+    return Picture(title, *encoded(strip), alt, wide)
 
 
 def _resampling(tile: Image.Image) -> Image.Resampling:
@@ -359,10 +122,10 @@ def _read(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's word for a broken PNG is SyntaxError
-        raise OSError(f"{path} cannot be read: {first_line(error)}") from error
+        raise OSError(f"{path} cannot be read: {_first_line(error)}") from error
 
 
-def _encoded(picture: Image.Image, photograph: bool = True) -> tuple[bytes, str]:
+def encoded(picture: Image.Image, photograph: bool = True) -> tuple[bytes, str]:
     """A picture's file, no wider than `MOST_PX`, and its type."""
     if picture.width > MOST_PX:
         size = MOST_PX, max(1, round(picture.height * MOST_PX / picture.width))
@@ -373,3 +136,7 @@ def _encoded(picture: Image.Image, photograph: bool = True) -> tuple[bytes, str]
         return held.getvalue(), "image/jpeg"
     picture.quantize(128).save(held, "PNG", optimize=True)
     return held.getvalue(), "image/png"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__

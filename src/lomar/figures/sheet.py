@@ -252,14 +252,14 @@ def sheet(
 
 
 def tiles_of(picture: Image.Image, columns: int) -> list[list[Image.Image]]:
-    """The square tiles of a sheet of one group without heading, row by row: what `sheet` was given, of its letters' size.
+    """The square tiles of a sheet of one group without heading, row by row: what `sheet` was given.
 
     Args:
         picture: the sheet, as it is or as read from a file.
         columns: titles of the group.
 
     Returns:
-        [] where a picture of this size is no such sheet.
+        [] where a picture of this size is no such sheet, with letters of the tiles' size.
     """
     for side in range(1, picture.width // columns + 1):
         gap = _gap(side)

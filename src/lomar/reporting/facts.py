@@ -10,6 +10,8 @@ from lomar.reporting.reading import KINDS, RunRecord, is_number
 
 Pairs = list[tuple[str, str]]
 
+NOTHING = "\N{EN DASH}"  # where a table has no value
+
 _MADE = {
     "pretrain": "an encoder, pretrained without labels",
     "finetune": "a classifier, fine-tuned",
@@ -155,7 +157,7 @@ def differences(runs: Sequence[RunRecord]) -> list[Difference]:
     tables = [{option.name: option for option in options(run)} for run in runs]
     found = []
     for name in names:
-        values = [table[name].value if name in table else "–" for table in tables]
+        values = [table[name].value if name in table else NOTHING for table in tables]
         if len(set(values)) > 1:
             found.append(Difference(name, values, any(name in table and table[name].results for table in tables)))
     return sorted(found, key=lambda difference: not difference.results)
@@ -165,7 +167,7 @@ def compared_results(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Label -> what each run has; runs of unlike commands have few in common."""
     tables = [dict([*_time(run), *key_results(run)]) for run in runs]
     labels = dict.fromkeys(label for table in tables for label in table)
-    return [(label, [table.get(label, "–") for table in tables]) for label in labels]
+    return [(label, [table.get(label, NOTHING) for table in tables]) for label in labels]
 
 
 def class_rows(results: Mapping[str, Any], most: int = 30) -> tuple[list[tuple[str, str, str, str]], int]:
@@ -182,7 +184,7 @@ def class_rows(results: Mapping[str, Any], most: int = 30) -> tuple[list[tuple[s
             str(row.get("class")),
             f"{row.get('images')}",
             f"{100 * row['accuracy']:.1f} %",
-            str(row.get("most_often_taken_for") or "–"),
+            str(row.get("most_often_taken_for") or NOTHING),
         )
         for row in known[:most]
     ]

@@ -294,8 +294,8 @@ def flat_loss(run: RunRecord) -> list[Hint]:
     if first <= 0 or last < (1 - FLAT_LOSS) * first:
         return []
     text = (
-        f"The loss is flat from the start: {first:.4g} in the first steps, {last:.4g} in the last. The rate (--base-lr) "
-        "may be too low or far too high, or the images all alike."
+        f"The loss is flat from the start: {first:.4g} in the first steps, {last:.4g} in the last. The rate "
+        "(--base-lr) may be too low or far too high, or the images all alike."
     )
     return [Hint("problem", text, {"first": first, "last": last})]
 

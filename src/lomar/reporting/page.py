@@ -1,4 +1,4 @@
-"""Records, hints and pictures -> one HTML page that needs nothing beside itself: no script, no address, no other file."""
+"""Records, hints and pictures -> one HTML page that needs nothing beside itself: no script, address or other file."""
 
 import base64
 from collections.abc import Mapping, Sequence
