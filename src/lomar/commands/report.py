@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def _report(given: Mapping[str, Any]) -> Path:
         from lomar.commands.report_model import ask_model  # with torch, for which a report of files does not wait
 
         for name, record, each in zip(names, records, shown, strict=True):
-            ask_model(record, each, options, lambda text, name=name: _say(f"lomar: {name}: {text}", sys.stderr))
+            ask_model(record, each, options, partial(_tell, name))
     charts = charts_of({name: record.rows for name, record in zip(names, records, strict=True)})
     distances = {name: each.distances for name, each in zip(names, shown, strict=True) if each.distances}
     distance = _picture(distance_chart(distances)) if distances else None
@@ -79,5 +80,10 @@ def _picture(chart: Chart) -> Picture:
     return Picture(chart.title, chart.svg, "image/svg+xml", chart.alt)
 
 
-def _say(text: str, stream: Any = None) -> None:
-    (stream or sys.stdout).write(f"{text}\n")
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _tell(name: str, text: str) -> None:
+    """What is done now, for whoever waits."""
+    sys.stderr.write(f"lomar: {name}: {text}\n")

@@ -98,7 +98,7 @@ class _Images:
             source = images_named(self._options.images, of_a_folder=None)
             return source.subset(spread(len(source), count)), f"of {self._of}"
         source = open_source(self._own("data"))
-        return source.subset(spread(len(source), count)), "the run was trained on"
+        return source.subset(spread(len(source), count)), "that the run trains on"
 
     def mapped(self) -> _Mapped:
         """Those of the map: labelled ones that judge where the run has such, and their classes.
@@ -162,9 +162,10 @@ def _ratios(run: RunRecord, shown: Shown, options: ReportOptions, images: _Image
         alt = f"the windows with {ratio:.0%} of their patches hidden, and filled in"
         strips.append(strip(f"{ratio:.0%} hidden", tiles, alt, wide=True))
     shown.ratios = strips
-    trained = f"Trained at {run.config['mask_ratio']:.0%}. " if run.option("mask_ratio", float) else ""
+    ratio = run.option("mask_ratio", float)
+    trained = f"The run trains with {ratio:.0%} hidden. " if ratio else ""
     shown.notes["ratios"] = (
-        f"{_weights(run)} Images {of}, at ratios it was and was not trained for. {trained}{caption(method)}"
+        f"{_weights(run)} Windows of images {of}, masked and filled in. {trained}{caption(method)}"
         + "".join(f" At {ratio:.0%} nothing is hidden, or all." for ratio in impossible)
     )
 
@@ -180,10 +181,11 @@ def _attention(run: RunRecord, shown: Shown, options: ReportOptions, images: _Im
     looks = [looks_of(subject, image, subject.place(number, None)) for number, image in enumerate(pixels)]
     shown.distances = [(distance, even) for distance, even in distances_of(looks)]
     early = "" if subject.first == 1 else f" Before layer {subject.first} there are visible patches alone."
+    patches = "{}x{}".format(*subject.size)
     shown.notes["attention"] = (
-        f"How far {subject.looking}es of {'{}x{}'.format(*subject.size)} look in the {subject.part}, weighted by their "
-        f"attention: mean over heads and over {len(pixels)} images {of}.{early} Distances near those of attention "
-        "spread evenly mean that a layer looks everywhere alike."
+        f"How far {subject.looking}es look in the {subject.part}, of {patches} patches, weighted by their attention: mean "
+        f"over heads and over {len(pixels)} images {of}.{early} A distance near that of attention spread evenly means that "
+        "a layer looks everywhere alike."
     )
 
 
@@ -238,7 +240,7 @@ def _weights(run: RunRecord) -> str:
     steps = Checkpoints(run.folder / FOLDER).steps()
     if run.kind == "finetune":
         return "The best classifier's weights."
-    return f"Weights of step {steps[0]:,}." if steps else "The run's last weights."
+    return f"Weights of step {steps[0]:,}, the last checkpoint." if steps else "The run's last weights."
 
 
 def _window(panel: Panel) -> Image.Image:

@@ -253,7 +253,7 @@ def _images(rows: Sequence[Row], config: Mapping[str, Any]) -> int | None:
     batch = config.get("batch_size")
     for row in reversed(rows):
         if is_number(batch) and is_number(row.get("epoch")) and row["epoch"] > 0 and row["step"] > 0:
-            return round(row["step"] * batch / row["epoch"])  # type: ignore[operator]
+            return round(row["step"] * batch / row["epoch"])
     return None
 
 

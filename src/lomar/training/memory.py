@@ -1,4 +1,4 @@
-"""How much memory a training step keeps, and that a CPU need not fetch it anew for each step."""
+"""How much memory a training step keeps, and a GPU has given; that a CPU need not fetch it anew for each step."""
 
 import ctypes
 import sys
@@ -25,6 +25,13 @@ def saved_bytes(forward: Callable[[], object]) -> int:
         result = forward()
     del result
     return sum(kept.values())
+
+
+def gpu_share(device: torch.device) -> float | None:
+    """The share of a GPU's memory that this process's tensors have taken at most; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
