@@ -183,9 +183,9 @@ def _attention(run: RunRecord, shown: Shown, options: ReportOptions, images: _Im
     early = "" if subject.first == 1 else f" Before layer {subject.first} there are visible patches alone."
     patches = "{}x{}".format(*subject.size)
     shown.notes["attention"] = (
-        f"How far {subject.looking}es look in the {subject.part}, of {patches} patches, weighted by their attention: mean "
-        f"over heads and over {len(pixels)} images {of}.{early} A distance near that of attention spread evenly means that "
-        "a layer looks everywhere alike."
+        f"How far {subject.looking}es look in the {subject.part}, of {patches} patches, weighted by their attention: "
+        f"mean over heads and over {len(pixels)} images {of}.{early} A distance near that of attention spread evenly "
+        "means that a layer looks everywhere alike."
     )
 
 

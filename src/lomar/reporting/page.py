@@ -4,9 +4,10 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from lomar import __version__
 from lomar.reporting.facts import (
@@ -118,9 +119,7 @@ def render(
     """
     runs = [_told(*each) for each in zip(labels(records), records, shown, strict=True)]
     sections = _sections(runs, bool(charts), distance is not None)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(
+    return _template().render(
         runs=runs,
         several=len(runs) > 1,
         sections=sections,
@@ -133,6 +132,12 @@ def render(
         made=f"{made:%Y-%m-%d %H:%M}",
         version=__version__,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
 
 
 def _told(label: str, record: RunRecord, shown: Shown) -> _Told:
