@@ -111,9 +111,9 @@ class _Images:
         if not self._options.images and (labelled != "data" or self._run.kind == "finetune"):
             split = evaluation_split(self._own(labelled), seed, limit, limit, flag=f"--{labelled.replace('_', '-')}")
             if split is not None:
-                part = split.val
+                part, does = (split.val, "judge") if len(split.val) >= LEAST_MAPPED else (split.train, "train or vote")
                 return _Mapped(
-                    part.source, part.labels.tolist(), split.classes, f"that judge, of {self._own(labelled)}"
+                    part.source, part.labels.tolist(), split.classes, f"that {does}, of {self._own(labelled)}"
                 )
         source, of = self.some(limit)
         groups, names = folders_of([source.name(index) for index in range(len(source))])

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from matplotlib import rc_context
@@ -281,7 +282,8 @@ def _is_number(value: Any) -> bool:
 def _svg(figure: Figure, name: str) -> bytes:
     """The figure as SVG without reference to anything outside, whose colours follow the reader's screen."""
     held = io.StringIO()
-    with rc_context({"svg.hashsalt": name}):
+    with rc_context({"svg.hashsalt": name}), catch_warnings():
+        simplefilter("ignore", UserWarning)  # a letter that matplotlib's own typeface lacks; the reader's may have it
         FigureCanvasSVG(figure).print_svg(held, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = held.getvalue()
     text = text[text.index("<svg") :]  # without a document type, which names an address

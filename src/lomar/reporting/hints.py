@@ -134,7 +134,7 @@ def below_random(run: RunRecord) -> list[Hint]:
     if not points or points[0][0] != 0 or len(points) < 2:
         return []
     start, last = points[0][1], points[-1][1]
-    if last > start + NOISE / 2 or run.option("init", str):  # given weights are no random initialisation
+    if last > start + NOISE / 2 or start > 1 - NOISE or run.option("init", str):  # such weights were not random
         return []
     begins = f"k-NN accuracy is {_percent(last)}, and was {_percent(start)} at random initialisation"
     if run.state == "running":
