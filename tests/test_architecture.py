@@ -20,6 +20,7 @@ ALLOWED = {
     "detection": {"model"},
     "benchmark": {"data", "model", "methods", "training", "downstream"},
     "figures": set(),
+    "reporting": {"training", "options"},
     "interop": {"model", "methods", "detection"},
     "commands": {
         "data",
@@ -31,6 +32,7 @@ ALLOWED = {
         "figures",
         "interop",
         "benchmark",
+        "reporting",
         "options",
     },
     "options": set(),
