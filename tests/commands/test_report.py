@@ -63,7 +63,7 @@ def test_reconstructions_over_time_show_the_same_images_at_each_evaluation(repor
     assert re.findall(r"<figcaption>([^<]+)</figcaption>", over_time) == [
         "original",
         "masked",
-        "before training",
+        "step 0",
         "step 4",
     ]
     sizes = {picture.size for picture in pictures_of(over_time)}
@@ -155,7 +155,7 @@ def test_what_cannot_be_drawn_is_a_sentence(lomar: Command, finished_run: Path, 
     for name in ("ratios", "attention", "map"):
         assert "This could not be drawn: --" in section(page, name), name
         assert "/nowhere/photos: no such folder or file" in section(page, name)
-    assert "step 4" in section(page, "over-time") and "before training" not in section(page, "over-time")
+    assert "step 4" in section(page, "over-time") and "step 0<" not in section(page, "over-time")
 
 
 @pytest.mark.parametrize(

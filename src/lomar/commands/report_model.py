@@ -157,7 +157,8 @@ def _ratios(run: RunRecord, shown: Shown, options: ReportOptions, images: _Image
         if not drawn:
             raise UserError("the method predicts what cannot be shown as pixels")
         if not strips:
-            strips.append(strip("window", [[_window(panel) for panel in drawn]], "the windows as they are"))
+            title = "image" if drawn[0].is_whole else "window"
+            strips.append(strip(title, [[_window(panel) for panel in drawn]], f"each {title} as it is"))
         tiles = [list(column) for column in zip(*(filled_in(panel, TILE_PX) for panel in drawn), strict=True)]
         alt = f"the windows with {ratio:.0%} of their patches hidden, and filled in"
         strips.append(strip(f"{ratio:.0%} hidden", tiles, alt, wide=True))
@@ -165,7 +166,7 @@ def _ratios(run: RunRecord, shown: Shown, options: ReportOptions, images: _Image
     ratio = run.option("mask_ratio", float)
     trained = f"The run trains with {ratio:.0%} hidden. " if ratio else ""
     shown.notes["ratios"] = (
-        f"{_weights(run)} Windows of images {of}, masked and filled in. {trained}{caption(method)}"
+        f"{_weights(run)} Images {of}, or windows of them, masked and filled in. {trained}{caption(method)}"
         + "".join(f" At {ratio:.0%} nothing is hidden, or all." for ratio in impossible)
     )
 
@@ -183,7 +184,7 @@ def _attention(run: RunRecord, shown: Shown, options: ReportOptions, images: _Im
     early = "" if subject.first == 1 else f" Before layer {subject.first} there are visible patches alone."
     patches = "{}x{}".format(*subject.size)
     shown.notes["attention"] = (
-        f"How far {subject.looking}es look in the {subject.part}, of {patches} patches, weighted by their attention: "
+        f"How far {subject.looking}es look in the {subject.part}, among {patches}, weighted by their attention: "
         f"mean over heads and over {len(pixels)} images {of}.{early} A distance near that of attention spread evenly "
         "means that a layer looks everywhere alike."
     )

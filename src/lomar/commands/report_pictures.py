@@ -84,12 +84,12 @@ def _over_time(run: RunRecord, shown: Shown) -> None:
         if not strips:
             for title in ("original", "masked"):
                 strips.append(strip(title, [columns[title]], f"{title} images"))
-        title = "before training" if step == 0 else f"step {step:,}"
-        alt = f"the same images filled in, {title}"
+        title = f"step {step:,}"
+        alt = f"the same images filled in at {title}"
         strips.append(strip(title, [columns["reconstruction"]], alt))
     shown.over_time = strips
     shown.notes["over-time"] = (
-        "The same images and masks at each evaluation; visible patches are the true ones."
+        "The same images and masks at each evaluation, of which step 0 is before training; visible patches are true."
         if strips
         else "The pictures in figures/ cannot be read."
     )

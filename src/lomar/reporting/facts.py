@@ -116,7 +116,8 @@ def key_results(run: RunRecord) -> Pairs:
     if losses := run.values("loss"):
         few = max(1, len(losses) // 20)
         first, last = fmean(losses[:few]), fmean(losses[-few:])
-        found.append(("Loss", f"{first:.4g} → {last:.4g} (means of the first and last {few} steps)"))
+        means = f" (means of the first and last {few} steps)" if few > 1 else ""
+        found.append(("Loss", f"{first:.4g} → {last:.4g}{means}"))
     if rates := run.values("images_per_s"):
         found.append(("Throughput", f"{median(rates):,.4g} images a second (median)"))
     if waits := run.values("data_wait"):
