@@ -34,6 +34,7 @@ def test_a_measure_that_nobody_foresaw_has_a_chart_of_its_own_name() -> None:
         row["some_loss"] = 2.0
     charts = by_key(charts_of({"run": rows}))
     assert charts["some_score"].title == "some score" and charts["some_loss"].title == "some loss"
+    assert not charts["some_score"].foreseen and charts["loss"].foreseen
 
 
 def test_two_runs_share_charts_with_a_legend_against_epochs_and_time() -> None:

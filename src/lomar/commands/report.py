@@ -60,7 +60,8 @@ def _report(given: Mapping[str, Any]) -> Path:
     charts = charts_of({name: record.rows for name, record in zip(names, records, strict=True)})
     distances = {name: each.distances for name, each in zip(names, shown, strict=True) if each.distances}
     distance = _picture(distance_chart(distances)) if distances else None
-    page = render(records, shown, [_picture(chart) for chart in charts], distance, datetime.now())
+    foreseen, more = ([_picture(chart) for chart in charts if chart.foreseen is kind] for kind in (True, False))
+    page = render(records, shown, foreseen, distance, datetime.now(), more)
     try:
         write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8", errors="replace"))
     except OSError as error:

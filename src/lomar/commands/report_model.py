@@ -94,11 +94,10 @@ class _Images:
         Raises:
             UserError: there is none.
         """
-        if self._options.images:
-            source = images_named(self._options.images, of_a_folder=None)
-            return source.subset(spread(len(source), count)), f"of {self._of}"
-        source = open_source(self._own("data"))
-        return source.subset(spread(len(source), count)), "that the run trains on"
+        if self._run.kind == "finetune" and not self._options.images:  # its --data may be a table
+            mapped = self.mapped()
+            return mapped.source.subset(spread(len(mapped.source), count)), mapped.of
+        return self._unlabelled(count)
 
     def mapped(self) -> _Mapped:
         """Those of the map: labelled ones that judge where the run has such, and their classes.
@@ -106,18 +105,24 @@ class _Images:
         Raises:
             UserError: there is none.
         """
-        limit, seed = self._options.samples, self._options.seed
+        limit, seed = max(self._options.samples, ATTENTIVE_IMAGES), self._options.seed
         labelled = next((name for name in ("eval_data", "val") if self._run.option(name, str)), "data")
         if not self._options.images and (labelled != "data" or self._run.kind == "finetune"):
             split = evaluation_split(self._own(labelled), seed, limit, limit, flag=f"--{labelled.replace('_', '-')}")
             if split is not None:
                 part, does = (split.val, "judge") if len(split.val) >= LEAST_MAPPED else (split.train, "train or vote")
-                return _Mapped(
-                    part.source, part.labels.tolist(), split.classes, f"that {does}, of {self._own(labelled)}"
-                )
-        source, of = self.some(limit)
+                of = f"that {does}, of {self._own(labelled)}"
+                return _Mapped(part.source, part.labels.tolist(), split.classes, of)
+        source, of = self._unlabelled(limit)
         groups, names = folders_of([source.name(index) for index in range(len(source))])
         return _Mapped(source, groups, names, of)
+
+    def _unlabelled(self, count: int) -> tuple[ImageSource, str]:
+        if self._options.images:
+            source, of = images_named(self._options.images, of_a_folder=None), f"of {self._of}"
+        else:
+            source, of = open_source(self._own("data")), "that the run trains on"
+        return source.subset(spread(len(source), count)), of
 
     def _own(self, option: str) -> str:
         """Where the run's images are.

@@ -58,12 +58,14 @@ class Chart:
         title: what it shows, with its unit.
         svg: the picture, whole in itself.
         alt: what can be read off it, in words.
+        foreseen: whether it is one that every reader looks for; the others are for whoever wants all.
     """
 
     key: str
     title: str
     svg: bytes
     alt: str
+    foreseen: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ _MEASURES = {
     "held_out_top1": _Measure("held-out top-1 accuracy (%)", 100, now_and_then=True),
     "box_ap": _Measure("average precision of boxes (%)", 100, now_and_then=True),
     "mask_ap": _Measure("average precision of masks (%)", 100, now_and_then=True),
+    "mean_class_top1": _Measure("mean accuracy over classes (%)", 100, now_and_then=True),
+    "top5": _Measure("validation top-5 accuracy (%)", 100, now_and_then=True),
     "psnr_db": _Measure("decoded at (dB)", now_and_then=True),
     "vocab_used": _Measure("tokens used (%)", 100, now_and_then=True),
     "loss": _Measure("loss", noisy=True),
@@ -143,7 +147,7 @@ def distance_chart(runs: Mapping[str, Sequence[tuple[float, float]]]) -> Chart:
         runs: name -> of each layer the mean attention distance in patches, and what it would be if spread evenly.
     """
     with rc_context(_CHART_STYLE):
-        figure, axes = _empty()
+        figure, axes = _empty(whole=True)
         for colour, (name, layers) in zip(COLOURS, runs.items(), strict=False):
             numbers = np.arange(1, len(layers) + 1)
             distances, even = np.asarray(layers, np.float64).reshape(-1, 2).T
@@ -152,7 +156,6 @@ def distance_chart(runs: Mapping[str, Sequence[tuple[float, float]]]) -> Chart:
         axes.plot([], [], color=_UNTRAINED, linestyle="--", linewidth=1, label="if spread evenly")
         highest = max((value for layers in runs.values() for layer in layers for value in layer), default=1.0)
         axes.set_ylim(0, 1.1 * max(highest, 1e-9))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         _add_legend(axes)
         told = (f"{name}: " + ", ".join(f"{distance:.1f}" for distance, _ in layers) for name, layers in runs.items())
@@ -170,9 +173,11 @@ def _chart(runs: Mapping[str, Sequence[Row]], key: str, x: str) -> Chart | None:
         steps = max(len(_points(rows, x, "step")[0]) for rows in runs.values())
         now_and_then = max(where.size for where, _ in lines.values()) < steps / 2
         measure = replace(measure, now_and_then=now_and_then, noisy=not now_and_then)
+        if key.startswith(("box_", "mask_")):  # average precisions and recalls
+            measure = replace(measure, title=f"{measure.title} (%)", factor=100.0)
     told = []
     with rc_context(_CHART_STYLE):
-        figure, axes = _empty()
+        figure, axes = _empty(whole=x == "step")
         for colour, (name, (where, values)) in zip(COLOURS, lines.items(), strict=False):
             values = values * measure.factor
             if not where.size:
@@ -187,15 +192,15 @@ def _chart(runs: Mapping[str, Sequence[Row]], key: str, x: str) -> Chart | None:
         against = {"elapsed_s": "time", "epoch": "epochs", "step": "steps"}[x]
         title = f"{measure.title}, over time" if x == "elapsed_s" else measure.title
         alt = f"Curve of {measure.title} against {against}. {'; '.join(told)}."
-        return Chart(key, title, _svg(figure, f"{key}-{x}"), alt)
+        return Chart(key, title, _svg(figure, f"{key}-{x}"), alt, key in _MEASURES)
 
 
-def _empty() -> tuple[Figure, Axes]:
+def _empty(whole: bool) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
     axes.patch.set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
     return figure, axes
 
 

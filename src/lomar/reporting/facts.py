@@ -119,7 +119,8 @@ def key_results(run: RunRecord) -> Pairs:
         means = f" (means of the first and last {few} steps)" if few > 1 else ""
         found.append(("Loss", f"{first:.4g} → {last:.4g}{means}"))
     if rates := run.values("images_per_s"):
-        found.append(("Throughput", f"{median(rates):,.4g} images a second (median)"))
+        rate = median(rates)
+        found.append(("Throughput", f"{f'{rate:,.0f}' if rate >= 1000 else f'{rate:.3g}'} images a second (median)"))
     if waits := run.values("data_wait"):
         found.append(("Waiting for data", f"{fmean(waits):.0%} of a step's time (mean)"))
     return found
@@ -194,23 +195,26 @@ def class_rows(results: Mapping[str, Any], most: int = 30) -> tuple[list[tuple[s
 
 def result_numbers(results: Mapping[str, Any]) -> Pairs:
     """The plain numbers of evaluation.json or probe.json."""
-    found = [
-        (name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else f"{value:,}")
-        for name, value in results.items()
-        if is_number(value)
-    ]
+    found = [(name.replace("_", " "), _number(name, value)) for name, value in results.items() if is_number(value)]
     chosen = results.get("chosen")
     if isinstance(chosen, dict):
         for part in ("held_out", "val"):
             numbers = chosen.get(part)
             for name, value in numbers.items() if isinstance(numbers, dict) else ():
                 if is_number(value):
-                    found.append((f"{part.replace('_', ' ')} {name}", f"{value:.4g}"))
+                    found.append((f"{part.replace('_', ' ')} {name}", _number(name, value)))
         if isinstance(chosen.get("input"), str):
             found.append(("chosen input", chosen["input"]))
         if is_number(chosen.get("base_lr")):
             found.append(("chosen --base-lrs", f"{chosen['base_lr']:g}"))
     return found
+
+
+def _number(name: str, value: float) -> str:
+    """Accuracies and average precisions in percent, counts as they are."""
+    if "top" in name or name.startswith(("box_", "mask_")):
+        return f"{100 * value:.1f} %"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def shown(value: Any) -> str:

@@ -107,6 +107,7 @@ def render(
     charts: Sequence[Picture],
     distance: Picture | None,
     made: datetime,
+    more: Sequence[Picture] = (),
 ) -> str:
     """The page.
 
@@ -116,14 +117,16 @@ def render(
         charts: curves, of all runs together.
         distance: attention distance, likewise.
         made: when.
+        more: curves that not every reader looks for, folded away.
     """
     runs = [_told(*each) for each in zip(labels(records), records, shown, strict=True)]
-    sections = _sections(runs, bool(charts), distance is not None)
+    sections = _sections(runs, bool(charts or more), distance is not None)
     return _template().render(
         runs=runs,
         several=len(runs) > 1,
         sections=sections,
         charts=charts,
+        more=more,
         distance=distance,
         compared=compared_results(records),
         differences=differences(records),
