@@ -189,7 +189,7 @@ def _attention(run: RunRecord, shown: Shown, options: ReportOptions, images: _Im
     early = "" if subject.first == 1 else f" Before layer {subject.first} there are visible patches alone."
     patches = "{}x{}".format(*subject.size)
     shown.notes["attention"] = (
-        f"How far {subject.looking}es look in the {subject.part}, among {patches}, weighted by their attention: "
+        f"How far {subject.looking}es look in the {subject.part}, on a grid of {patches}, weighted by their attention: "
         f"mean over heads and over {len(pixels)} images {of}.{early} A distance near that of attention spread evenly "
         "means that a layer looks everywhere alike."
     )

@@ -187,6 +187,9 @@ def _chart(runs: Mapping[str, Sequence[Row]], key: str, x: str) -> Chart | None:
         if measure.now_and_then:
             _baselines(axes, runs, key, measure)
         _scale(axes, [values * measure.factor for _, values in lines.values() if values.size], measure)
+        # The same for all charts of a page, so that a place in one is the same place in the next.
+        furthest = max(_points(rows, x, "step")[0].max(initial=0.0) for rows in runs.values())
+        axes.set_xlim(-0.02 * furthest, 1.02 * furthest if furthest > 0 else 1)
         axes.set_xlabel({"elapsed_s": "hours"}.get(x, x))
         _add_legend(axes)
         against = {"elapsed_s": "time", "epoch": "epochs", "step": "steps"}[x]
@@ -252,10 +255,11 @@ def _scale(axes: Axes, lines: Sequence[Values], measure: _Measure) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         return
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    if measure.noisy:
-        leave_out_outliers(axes, lines)
     if measure.zero:
-        axes.set_ylim(bottom=0)
+        highest = np.percentile(np.concatenate(list(lines)), 99.5)
+        axes.set_ylim(0, 1.08 * highest if highest > 0 else 1)
+    elif measure.noisy:
+        leave_out_outliers(axes, lines)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useOffset=False)
 
 
