@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -95,10 +96,11 @@ class _Images:
             UserError: there is none.
         """
         if self._run.kind == "finetune" and not self._options.images:  # its --data may be a table
-            mapped = self.mapped()
+            mapped = self.mapped
             return mapped.source.subset(spread(len(mapped.source), count)), mapped.of
         return self._unlabelled(count)
 
+    @cached_property
     def mapped(self) -> _Mapped:
         """Those of the map: labelled ones that judge where the run has such, and their classes.
 
@@ -201,7 +203,7 @@ def _map(run: RunRecord, shown: Shown, options: ReportOptions, images: _Images) 
     takes = input_of(encoder)
     device = torch.device(find_hardware(options.device).device)
     encoder.to(device)
-    mapped = images.mapped()
+    mapped = images.mapped
     fmt = pixel_format(takes.channels, takes.scale)
     bytes_each = takes.channels * takes.size[0] * takes.size[1] * np.dtype(fmt.dtype).itemsize
     kept = spread(len(mapped.source), max(LEAST_MAPPED, min(options.samples, PIXELS_HELD // bytes_each)))

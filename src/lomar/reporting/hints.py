@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from statistics import fmean, median
 
 from lomar.reporting.reading import UNKNOWN, RunRecord, is_number
@@ -222,7 +223,7 @@ def ended_early(run: RunRecord) -> list[Hint]:
     of = f" of {run.total_steps}" if run.total_steps else ""
     text = (
         f"The run stands still at step {run.last_step}{of}, with the learning rate at {share:.0%} of its highest: what "
-        f"it learnt is not settled yet. `lomar {run.kind} --out {run.path} --resume` goes on."
+        f"it learnt is not settled yet. `lomar {run.kind} --out {quote(str(run.path))} --resume` goes on."
     )
     return [Hint("advice", text, {"share": share, "step": run.last_step})]
 
