@@ -11,6 +11,7 @@
 #   bash benchmarks/device.sh methods    # every method trains there
 #   bash benchmarks/device.sh classifier # fine-tuning and features against timm's plain ViT
 #   bash benchmarks/device.sh detector   # a detector at 1024 px: what positions cost; a short training on coco_mini
+#   bash benchmarks/device.sh study      # lomar study table1 and late as far as the time goes; call it again to go on
 #   bash benchmarks/device.sh downstream # pretrain, then fine-tune, probe, embed and export there
 #
 # Before the call, on a machine with a package registry, put beside the tree what that machine lacks:
@@ -26,7 +27,7 @@ export PYTHONPATH=src:.device/site
 python3 -m pip install -q --no-index --no-deps --target .device/site .device/wheels/*.whl
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/hardware.txt"
 python3 -c "import torch; print('torch', torch.__version__)" | tee -a "$out/hardware.txt"
-case $1 in run | methods | downstream) [ -d .device/imagenette ] ||
+case $1 in run | methods | downstream | study) [ -d .device/imagenette ] ||
     python3 -m zipfile -e .device/imagenette.zip .device/imagenette ;;
 esac
 
@@ -86,6 +87,15 @@ detector) # Mask R-CNN at 1024 px: contextual position against none, with decomp
         --out .device/runs/detector | tee "$out/detector.log" || true
     cp .device/runs/detector/metrics.jsonl "$out/detector-metrics.jsonl"
     rm -rf .device/runs
+    ;;
+study) # ViT-small on 112 px; several cells share the GPU, since each alone leaves it waiting for its loader.
+    [ -f .device/study.tar ] && tar -xf .device/study.tar # what an earlier call found: carry it back as .device/study.tar
+    for name in table1 late; do
+        timeout -s TERM 270 python3 -m lomar study $name --data .device/imagenette --out .device/study --epochs 100 \
+            --batch-size 512 --finetune-epochs 30 --bank 500 --jobs 3 --workers 4 || true
+    done
+    cp .device/study/*.md .device/study/*.json .device/study/*.png "$out" || true
+    tar -cf "$out/study.tar" --exclude=images .device/study # with the runs, to go on from
     ;;
 downstream) # What an encoder is for goes through on a GPU: automatic choices, bf16, resume.
     data=.device/imagenette

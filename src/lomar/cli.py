@@ -34,6 +34,7 @@ from lomar.options import (
     RecipesOptions,
     ReconstructOptions,
     ReportOptions,
+    StudyOptions,
     TokenizerOptions,
     convert,
     fields_of,
@@ -63,6 +64,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "report": (ReportOptions, "lomar.commands.report"),
     "convert": (ConvertOptions, "lomar.commands.convert"),
     "benchmark": (BenchmarkOptions, "lomar.commands.benchmark"),
+    "study": (StudyOptions, "lomar.commands.study"),
     "tokenizer train": (TokenizerOptions, "lomar.commands.tokenizer"),
 }
 

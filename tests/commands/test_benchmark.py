@@ -20,6 +20,7 @@ from lomar.commands.benchmark_settling import MACHINE, Plan, paper_views, plan
 from lomar.methods.composition import Composition
 from lomar.methods.cost import forward_flops, tokenizer_flops
 from lomar.methods.recipes import RECIPES
+from lomar.options import BenchmarkOptions, command_line
 
 TINY = "--model 24x2x2 --patch-size 8 --precision fp32 --device cpu"
 
@@ -235,9 +236,12 @@ def test_each_size_and_batch_has_a_curve_of_its_own(
 def test_the_command_that_is_told_is_the_command(photos: Path) -> None:
     words = f"loader --data '{photos}' --image-sizes 224 448 --rounds 5"
     given = cli.parse("benchmark", shlex.split(words))
-    again = shlex.split(benchmark.command_line(given))
+    again = shlex.split(command_line("benchmark", BenchmarkOptions, given))
     assert again[:2] == ["lomar", "benchmark"] and cli.parse("benchmark", again[2:]) == given
-    assert benchmark.command_line({"without_tokenizer": True}) == "lomar benchmark --without-tokenizer"
+    assert (
+        command_line("benchmark", BenchmarkOptions, {"without_tokenizer": True})
+        == "lomar benchmark --without-tokenizer"
+    )
 
 
 def test_what_does_not_fit_in_memory_stands_in_the_table(lomar: Any, timed_as: Any, tmp_path: Path) -> None:

@@ -211,7 +211,8 @@ def _model(count: int, gpu: bool) -> tuple[str, str]:
 
 def decoder_for(width: int) -> list[tuple[str, int, str]]:
     """MAE's decoder for a base encoder; about two thirds as wide as a smaller one, and less deep."""
-    values = (512, 8, 16) if width >= 768 else (256, 8, 8) if width >= 384 else (128, 4, 4)
+    small = max(1, round(width * 2 / 3 / 32))  # heads of 32
+    values = (512, 8, 16) if width >= 768 else (256, 8, 8) if width >= 384 else (32 * small, 4, small)
     reason = "MAE's" if width >= 768 else f"for an encoder {width} wide; MAE's 512 x 8 is for one of 768"
     names = ("decoder_width", "decoder_depth", "decoder_heads")
     return [(name, value, reason) for name, value in zip(names, values, strict=True)]

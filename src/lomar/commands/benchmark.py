@@ -1,7 +1,6 @@
 """`lomar benchmark`: time and memory, measured in fresh processes, as a table, JSON and the paper's figures."""
 
 import json
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -20,8 +19,7 @@ from lomar.commands.benchmark_settling import MACHINE, Plan, plan
 from lomar.errors import UserError
 from lomar.figures.benchmark import against_image_size, against_window_size
 from lomar.files import write_atomically
-from lomar.options import fields_of, flag
-from lomar.options.benchmarking import BenchmarkOptions
+from lomar.options import BenchmarkOptions, command_line
 
 Values = dict[str, Any]
 # measure -> its picture, what is drawn along, and how
@@ -79,7 +77,7 @@ def report(planned: Plan, given: Mapping[str, Any]) -> Values:
     return {
         "lomar": __version__,
         "measure": planned.measure,
-        "command": command_line(given),
+        "command": command_line("benchmark", BenchmarkOptions, given),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "precision": planned.precision,
         "rounds": planned.rounds,
@@ -87,18 +85,6 @@ def report(planned: Plan, given: Mapping[str, Any]) -> Values:
         "versions": versions(),
         "notes": planned.notes,
     }
-
-
-def command_line(given: Mapping[str, Any]) -> str:
-    """The command as it could be typed again."""
-    words = ["lomar", "benchmark"]
-    for name, field in fields_of(BenchmarkOptions).items():
-        if name not in given or given[name] is False:
-            continue
-        value = given[name]
-        values = [str(each) for each in (value if isinstance(value, tuple) else (value,))]
-        words += values if field.metadata["positional"] else [flag(name), *(values if value is not True else ())]
-    return shlex.join(words)
 
 
 def summaries(rows: list[Row], precision: str) -> list[Values]:

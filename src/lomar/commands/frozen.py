@@ -115,11 +115,13 @@ def open_frozen(
     device: str,
     precision: str,
     workers: int | None,
+    patch_size: int | None = None,
 ) -> FrozenEncoder:
     """The encoder of `--model`, on `--device`.
 
     Args:
-        model, image_size, device, precision, workers: as the options of these names; None and "auto" are chosen here.
+        model, image_size, device, precision, workers, patch_size: as the options of these names; None and "auto" are
+            chosen here.
         seed: fixes the weights of scratch: models.
 
     Raises:
@@ -127,7 +129,7 @@ def open_frozen(
     """
     hardware = find_hardware(device)
     torch.manual_seed(seed)
-    opened = open_model(model, image_size)
+    opened = open_model(model, image_size, patch_size=patch_size)
     if workers is None:
         gpu = hardware.device == "cuda"
         workers = min(16, max(1, hardware.cores - 1)) if gpu else min(2, hardware.cores // 2)

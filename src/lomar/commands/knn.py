@@ -54,6 +54,7 @@ def command(given: Mapping[str, Any]) -> int:
     encoder = open_frozen(
         options.model,
         options.image_size,
+        patch_size=options.patch_size,
         seed=options.seed,
         device=options.device,
         precision=options.precision,

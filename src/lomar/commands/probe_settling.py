@@ -133,13 +133,14 @@ def _check_readable(settled: SettledProbe) -> None:
         check_readable(part.labelled.source, settled.encoder, part.where, part.name)
 
 
-_ENCODER_OPTIONS = ("model", "image_size", "seed", "device", "precision", "workers")
+_ENCODER_OPTIONS = ("model", "image_size", "patch_size", "seed", "device", "precision", "workers")
 
 
 def _encoder(asked: Mapping[str, Any]) -> FrozenEncoder:
     return open_frozen(
         asked["model"],
         asked.get("image_size"),
+        patch_size=asked.get("patch_size"),
         seed=asked.get("seed", 0),
         device=asked.get("device", "auto"),
         precision=asked.get("precision", "auto"),

@@ -298,6 +298,18 @@ def held_out(labelled: Labelled, share: float, seed: int, purpose: str) -> tuple
     return labelled.subset(np.flatnonzero(~out)), labelled.subset(np.flatnonzero(out))
 
 
+def of_each_class(labelled: Labelled, count: int, seed: int, purpose: str) -> Labelled:
+    """At most `count` images of each class; more of them for a larger count hold those of a smaller one.
+
+    Args:
+        labelled: the images.
+        count: of each class.
+        seed: fixes which.
+        purpose: what they are drawn for, so that two purposes draw different ones.
+    """
+    return labelled.subset(np.flatnonzero(_ranks_in_class(labelled.labels, seed, purpose) < count))
+
+
 def _ranks_in_class(labels: np.ndarray, seed: int, purpose: str) -> np.ndarray:
     """Each image's place, from 0, in a random order of its own class."""
     rng = np.random.default_rng(seeded(seed, purpose).initial_seed())

@@ -77,7 +77,9 @@ class Opened:
     input: Input
 
 
-def open_model(name: str, image_size: tuple[int, ...] | None = None, flag: str = "--model") -> Opened:
+def open_model(
+    name: str, image_size: tuple[int, ...] | None = None, flag: str = "--model", patch_size: int | None = None
+) -> Opened:
     """An encoder in evaluation mode, on the CPU, ready for images of a size.
 
     Args:
@@ -86,12 +88,19 @@ def open_model(name: str, image_size: tuple[int, ...] | None = None, flag: str =
             torch's global generator.
         image_size: side, or (height, width), in pixels; None is the model's own.
         flag: the option the name came from, for messages.
+        patch_size: side of a patch of scratch: and a size of ours; None is 16 px.
 
     Raises:
         UserError: there is no such thing, its weights cannot be had, or it does not take the size.
     """
     size = size_given(image_size) if image_size is not None else None
-    model = _model(name, flag)
+    if patch_size is not None:
+        fresh = name.startswith(SCRATCH) and not timm.is_model(name.removeprefix(SCRATCH).split(".")[0])
+        if not fresh:
+            raise UserError(f"--patch-size is for {flag} scratch:SIZE; {name} has patches of its own")
+        model = scratch(name.removeprefix(SCRATCH), flag, patch_size * max(1, SCRATCH_IMAGE // patch_size), patch_size)
+    else:
+        model = _model(name, flag)
     found = input_of(model)
     if size is not None and size != found.size:
         check_size(model, size)

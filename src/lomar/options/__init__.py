@@ -17,6 +17,7 @@ from lomar.options.downstream import (
 from lomar.options.fields import (
     AUTO,
     LARGEST_SEED,
+    command_line,
     convert,
     converted,
     fields_of,
@@ -30,6 +31,7 @@ from lomar.options.pictures import AttentionOptions, ReconstructOptions
 from lomar.options.preparing import PrepareOptions
 from lomar.options.pretraining import PretrainOptions, RecipesOptions, TokenizerOptions
 from lomar.options.reporting import ReportOptions
+from lomar.options.studying import StudyOptions
 from lomar.options.weights import ConvertOptions, ExportOptions
 
 __all__ = [
@@ -54,7 +56,9 @@ __all__ = [
     "RecipesOptions",
     "ReconstructOptions",
     "ReportOptions",
+    "StudyOptions",
     "TokenizerOptions",
+    "command_line",
     "convert",
     "converted",
     "fields_of",

@@ -1,6 +1,7 @@
 """Options of the commands that use an encoder."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from lomar.options.fields import ANY_IMAGES, AUTO, LARGEST_SEED, MOST_WORKERS, option
 from lomar.options.training import (
@@ -27,6 +28,13 @@ LABELLED = (
 IMAGE_SIZE = "side of the image, or height and width, in pixels"
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def scratch_patch_option() -> Any:
+    """Patches of an encoder that begins from random weights."""
+    return option(
+        "side of a patch, for --model scratch:SIZE", default=None, auto="the model's; 16", low=1, metavar="PX"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +183,7 @@ class KnnOptions:
     k: tuple[int, ...] = option("neighbours that vote", default=(20,), low=1, metavar="K")
     temperature: float = option("small values let the nearest decide alone", default=0.07, above=0, metavar="T")
     image_size: tuple[int, ...] | None = option(IMAGE_SIZE, default=None, auto="the model's", low=1, metavar="PX")
+    patch_size: int | None = scratch_patch_option()
     out: str | None = option("file for the results", default=None, metavar="FILE.json")
     seed: int = option("fixes the weights of scratch: models", default=0, low=0, high=LARGEST_SEED, metavar="N")
     batch_size: int = option("images at once", default=64, low=1, metavar="N")
@@ -225,6 +234,7 @@ class ProbeOptions:
         metavar="L",
     )
     image_size: tuple[int, ...] | None = option(IMAGE_SIZE, default=None, auto="the model's", low=1, metavar="PX")
+    patch_size: int | None = scratch_patch_option()
     base_lrs: tuple[float, ...] = option(
         "learning rates for 256 images",
         auto="fast: thirteen, DINOv2's; mae: 6.4 a step, MAE's",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import reprlib
+import shlex
 import types
 import typing
 from collections.abc import Mapping
@@ -184,6 +185,24 @@ def converted(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise UserError(f"there is no option {name!r}{suggestion(name, list(known))}")
     return {name: convert(options, name, value) for name, value in given.items()}
+
+
+def command_line(command: str, options: type, given: Mapping[str, Any]) -> str:
+    """A command as it could be typed again.
+
+    Args:
+        command: its name.
+        options: its class of options.
+        given: the options that were given, with their values.
+    """
+    words = ["lomar", command]
+    for name, known in fields_of(options).items():
+        if name not in given or given[name] is False or given[name] is None:
+            continue
+        value = given[name]
+        values = [str(each) for each in (value if isinstance(value, tuple) else (value,))]
+        words += values if known.metadata["positional"] else [flag(name), *(values if value is not True else ())]
+    return shlex.join(words)
 
 
 def read_config(path: str, options: type) -> dict[str, Any]:

@@ -348,6 +348,8 @@ class Trainer:
         self._buffer[-1][1].item()  # waits for the device: only now the steps' time is known
         took_s = max(1e-9, time.monotonic() - self._last_flush) / len(self._buffer)  # a step
         self._last_flush = time.monotonic()
+        if self.fabric.device.type == "cuda":
+            self._buffer[-1][0]["peak_bytes"] = torch.cuda.max_memory_allocated(self.fabric.device)
         for row, loss, grad_norm, names in self._buffer:
             row["images_per_s"] = round(self.course.batch_size / took_s, 2)
             row["data_wait"] = round(min(1.0, row["data_wait"] / took_s), 4)
