@@ -47,9 +47,10 @@ def _report(given: Mapping[str, Any]) -> Path:
         raise UserError(f"--out is {out}; it must end in .html")
     names = labels(records)
     for name, record in zip(names, records, strict=True):
-        for hint in hints_on(record):
+        hints = hints_on(record)
+        for hint in hints:
             _say(f"{name}: {hint.severity}: {hint.text}")
-        if not hints_on(record):
+        if not hints:
             _say(f"{name}: {QUIET}")
     shown = [kept_pictures(record) for record in records]
     if not options.no_model:
