@@ -40,6 +40,12 @@ def files_of(run: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()}
 
 
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without curves: most of the time of one of a small run."""
+    monkeypatch.setattr("lomar.commands.report.charts_of", lambda runs: [])
+
+
 @pytest.fixture(scope="module")
 def reported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The report of a real run, as `lomar report` makes it."""
@@ -108,6 +114,7 @@ sys.exit(f"status {{status}}, torch loaded" if status or "torch" in sys.modules 
     assert 'id="over-time"' in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_run_that_goes_on_is_read_and_not_touched(lomar: Command, finished_run: Path, tmp_path: Path) -> None:
     """Its lock is held, its last row half-written, its weights there."""
     run = tmp_path / "run"
@@ -124,10 +131,11 @@ def test_a_run_that_goes_on_is_read_and_not_touched(lomar: Command, finished_run
     assert "50% hidden" in section(page, "ratios")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_real_run_is_reported_while_it_goes(spawn: Any, lomar: Command, tmp_path: Path) -> None:
     going = spawn(tmp_path / "run", "--max-steps", "400", "--checkpoint-steps", "5")
     going.wait_for_rows(8)
-    done = lomar("report", tmp_path / "run", "--out", tmp_path / "page.html", "--samples", "0")
+    done = lomar("report", tmp_path / "run", "--out", tmp_path / "page.html", "--samples 0 --mask-ratios 0.5")
     assert done.status == 0, done.err
     page = (tmp_path / "page.html").read_text()
     assert "still running: step" in page and "of 400" in page and "could not be drawn" not in page
@@ -144,6 +152,7 @@ def test_two_runs_stand_side_by_side(lomar: Command, finished_run: Path, tmp_pat
     assert "over time" in section(page, "curves")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_what_cannot_be_drawn_is_a_sentence(lomar: Command, finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
@@ -158,6 +167,7 @@ def test_what_cannot_be_drawn_is_a_sentence(lomar: Command, finished_run: Path, 
     assert "step 4" in section(page, "over-time") and "step 0<" not in section(page, "over-time")
 
 
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -180,6 +190,7 @@ def test_whatever_fails_costs_its_section_alone(
     assert all(f"This could not be drawn: {said}" in section(page, name) for name in ("ratios", "attention", "map"))
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_images_on_a_network_are_not_asked_for(lomar: Command, finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
@@ -191,6 +202,7 @@ def test_images_on_a_network_are_not_asked_for(lomar: Command, finished_run: Pat
     assert page.count("which a report does not ask; --images names some here") == 3
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_images_can_be_named(lomar: Command, finished_run: Path, photos: Path, tmp_path: Path) -> None:
     done = lomar("report", finished_run, "--out", tmp_path / "page.html", "--images", photos / "red")
     assert done.status == 0, done.err
@@ -199,6 +211,7 @@ def test_images_can_be_named(lomar: Command, finished_run: Path, photos: Path, t
     assert f"4 images of {photos / 'red'}" in section(page, "map")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_classifier_has_its_results_and_its_map(
     lomar: Command, finished_run: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +228,7 @@ def test_a_classifier_has_its_results_and_its_map(
     assert 'id="over-time"' not in page and 'id="ratios"' not in page
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_folders_of_other_commands_are_told_as_far_as_they_have_rows(lomar: Command, tmp_path: Path) -> None:
     detect = {"model": "/run", "data": "/coco", "framework": "vitdet", "annotations": None, "max_steps": 200}
     judged_ap = judged([0.1, 0.2, 0.3], "box_ap", start=None)
@@ -231,6 +245,7 @@ def test_folders_of_other_commands_are_told_as_far_as_they_have_rows(lomar: Comm
         assert told in (tmp_path / name / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_tokenizers_report_lies_beside_its_file(lomar: Command, tmp_path: Path) -> None:
     make_run(tmp_path / "x", course())
     (tmp_path / "x" / "metrics.jsonl").rename(tmp_path / "t.jsonl")

@@ -130,7 +130,7 @@ def test_rows_and_options_of_any_kind_are_read_and_rendered(tmp_path: Path, rows
     [
         ("config.yaml", b"\xff\xfe: ["),
         ("config.yaml", b"- 1\n- 2\n"),
-        ("config.yaml", b"[" * 2000),
+        ("config.yaml", b"[" * 500),
         ("train.log", b"\xff\x00\n2026-99-02 03:04:05  INFO     lomar 0.1.0, options in x\n"),
         ("bad_files.txt", b"\xff\tx\nno tab\nhalf a li"),
         ("metrics.jsonl", b'\xff\n[1]\n{}\n{"step": "x"}\n{"step": 1}\n'),
