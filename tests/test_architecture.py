@@ -21,6 +21,7 @@ ALLOWED = {
     "benchmark": {"data", "model", "methods", "training", "downstream"},
     "study": {"data", "methods", "model", "interop", "training"},
     "figures": set(),
+    "reporting": {"training", "options"},
     "interop": {"model", "methods", "detection"},
     "commands": {
         "data",
@@ -32,6 +33,7 @@ ALLOWED = {
         "figures",
         "interop",
         "benchmark",
+        "reporting",
         "study",
         "options",
     },

@@ -11,6 +11,7 @@
     lomar.detect_evaluate(model="detector", data="coco")
     lomar.detect_predict(model="detector", images="photos", out="found")
     lomar.embed(model="run", data="photos", out="photos.safetensors")
+    lomar.report(run="run")                # run/report.html
 
 Importing lomar loads neither torch nor timm.
 """
@@ -30,6 +31,7 @@ __all__ = [
     "predict",
     "prepare",
     "pretrain",
+    "report",
 ]
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from lomar.commands.predict import predict
     from lomar.commands.prepare import prepare
     from lomar.commands.pretrain import pretrain
+    from lomar.commands.report import report
     from lomar.interop.weights import load
 
 

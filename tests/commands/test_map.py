@@ -200,7 +200,7 @@ def test_three_images_are_a_map(method: str, zoo: Path, lomar: Command, tmp_path
     ],
 )
 def test_a_folder_is_the_first_that_not_all_share(paths: list[str], names: list[str]) -> None:
-    numbers, found = subject._folders(paths)
+    numbers, found = subject.folders_of(paths)
     assert found == names and len(numbers) == 3 and set(numbers) == set(range(len(names)))
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from lomar.figures import sheet
 from lomar.figures.png import save_png
-from lomar.figures.reconstruction import Panel, figure7, figure8
-from lomar.figures.sheet import HIDDEN, OUTLINE
+from lomar.figures.reconstruction import Panel, columns_of, figure7, figure8
+from lomar.figures.sheet import HIDDEN, OUTLINE, Group, tiles_of
 
 SIDE, PATCH, K = 70, 10, 3  # a 7 x 7 grid; enlarged three times for a tile of 210 px
 SCALE = 3
@@ -256,3 +256,43 @@ def test_whole_images_have_no_column_of_windows() -> None:
     assert whole.is_whole and not window.is_whole
     assert figure7([whole], "").width < figure7([window], "").width
     assert figure7([whole, window], "").width == figure7([window], "").width
+
+
+# What was drawn, read back
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("words", ["", "a word", "many words " * 60])
+def test_the_tiles_of_a_figure_7_are_found_again(rows: int, whole: bool, words: str) -> None:
+    changes: dict[str, Any] = {}
+    if whole:
+        changes = {"original": np.zeros((3, K * PATCH, K * PATCH), np.float32), "corner": (0, 0)}
+    figure = figure7([panel(**changes) for _ in range(rows)], words)
+    found = columns_of(figure, whole)
+    assert list(found) == ["original", *([] if whole else ["window"]), "masked", "reconstruction"]
+    assert all(len(column) == rows for column in found.values())
+    side = found["original"][0].width
+    for column in found.values():
+        assert all(each.size == (side, side) for each in column)
+    for masked, restored in zip(found["masked"], found["reconstruction"], strict=True):
+        # The last patch of the window is hidden: grey, and predicted green.
+        at = tuple(
+            int((2.5 + start) * side / (K if whole else SIDE // PATCH)) for start in ((0, 0) if whole else (2, 1))
+        )
+        assert masked.getpixel(at) == (HIDDEN,) * 3
+        assert restored.getpixel(at) == (0, 255, 0)
+
+
+def test_the_tiles_of_every_size_are_found_again() -> None:
+    for side in (200, 203, 224, 280, 320, 377, 448):
+        given = [[Image.new("RGB", (side, side), (10 * row, 0, side % 256)) for _ in range(3)] for row in range(5)]
+        found = tiles_of(sheet.sheet(given, [Group("", ("a", "b", "c"))], "some words " * 30), 3)
+        assert [[each.tobytes() for each in row] for row in found] == [
+            [each.tobytes() for each in row] for row in given
+        ]
+
+
+def test_another_picture_has_no_tiles() -> None:
+    assert columns_of(Image.new("RGB", (640, 480)), whole=False) == {}
+    assert columns_of(Image.new("RGB", (1, 1)), whole=True) == {}

@@ -118,6 +118,18 @@ def by_hand(pixels: Tensor) -> tuple[list[Tensor], Tensor]:
     return [p.grad for p in method.parameters() if p.grad is not None], loss.detach()
 
 
+def test_a_gpu_tells_how_full_its_memory_was_and_a_cpu_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path / "cpu")
+    trainer.run(StopRequest())
+    assert not any("gpu_memory" in row for row in Metrics.read(trainer.metrics.path))
+    monkeypatch.setattr("lomar.training.loop.gpu_share", lambda device: 0.123456)
+    trainer = make_trainer(tmp_path / "gpu")
+    trainer.run(StopRequest())
+    assert [row["gpu_memory"] for row in Metrics.read(trainer.metrics.path) if "loss" in row] == [0.1235] * 3
+
+
 @pytest.mark.parametrize("sizes", [(7,), (3, 3, 1), (1,) * 7])
 def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(sizes: tuple[int, ...], tmp_path: Path) -> None:
     expected, loss = by_hand(images(0, 7))

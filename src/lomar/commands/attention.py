@@ -120,7 +120,7 @@ def command(given: Mapping[str, Any]) -> int:
     out = Path(options.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out is {options.out}; it must end in .png")
-    subject = _subject(options)
+    subject = subject_of(options)
     layers = _layers(options.layers, subject)
     if options.patch and not all(index < side for index, side in zip(options.patch, subject.grid, strict=True)):
         last = " ".join(str(side - 1) for side in subject.grid)
@@ -129,8 +129,7 @@ def command(given: Mapping[str, Any]) -> int:
     pixels, skipped = readable_crops(images_named(options.images), fmt, subject.grid[0] * subject.patch_px)
     places = [subject.place(number, options.patch) for number in range(len(pixels))]
     looks = [looks_of(subject, image, place) for image, place in zip(pixels, places, strict=True)]
-    # (images, layers, 2) -> of each layer, distance and what it would be if attention were spread evenly
-    distances = torch.tensor([[(look.distance, look.even) for look in each] for each in looks]).mean(dim=0).tolist()
+    distances = distances_of(looks)
     panels = [
         AttentionPanel(
             image.numpy(),
@@ -182,7 +181,13 @@ def looks_of(subject: Subject, image: Tensor, place: Place) -> list[Look]:
     return looks
 
 
-def _subject(options: AttentionOptions) -> Subject:
+def distances_of(looks: Sequence[Sequence[Look]]) -> list[list[float]]:
+    """Of each layer its distance and what it would be if attention were spread evenly, means over images."""
+    # (images, layers, 2)
+    return torch.tensor([[(look.distance, look.even) for look in each] for each in looks]).mean(dim=0).tolist()
+
+
+def subject_of(options: AttentionOptions) -> Subject:
     """What `--model` names: a run or reconstructor, an encoder, or a released checkpoint of either kind."""
     try:
         method, composition = load_reconstructor(options.model)

@@ -42,6 +42,7 @@ RUN_FILES = (
     "train.log",
     "tensorboard",
     "bad_files.txt",
+    "report.html",
 )
 EVALUATIONS = 10  # at most, when their interval is not given
 SHOWN = 6  # images of the picture

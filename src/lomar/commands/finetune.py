@@ -42,6 +42,7 @@ RUN_FILES = (
     "train.log",
     "tensorboard",
     "bad_files.txt",
+    "report.html",
 )
 JUDGED_AT_ONCE = 32  # images
 EVALUATIONS = 20  # at most, when their interval is not given

@@ -167,8 +167,11 @@ def _map(
             f"--embedding {options.embedding}: none of its images can be read, for example "
             f"{_printable(min(photos.missing))}; --data says where they are now"
         )
-    places, method = _layout(unit_length(embedding.features[chosen]), options)
-    groups, names = _folders([embedding.paths[index] for index in chosen])
+    try:
+        places, method = layout(unit_length(embedding.features[chosen]), options.method, options.seed)
+    except ValueError as error:
+        raise UserError(f"--embedding {options.embedding}: {error}") from None
+    groups, names = folders_of([embedding.paths[index] for index in chosen])
     note = ""
     if options.colour_by == "folder" and len(names) > MOST_COLOURS:
         note = f" {len(names)} folders are too many for colours."
@@ -180,25 +183,30 @@ def _map(
     return map_figure(thumbnails, places, groups, [_printable(name) for name in names], caption), about
 
 
-def _layout(features: NDArray[np.float32], options: MapOptions) -> tuple[NDArray[np.floating], str]:
+def layout(features: NDArray[np.float32], method: str, seed: int) -> tuple[NDArray[np.floating], str]:
     """Places (n, 2) of features (n, D), and how they came about.
 
+    Args:
+        features: of three images or more, at unit length.
+        method: "tsne" or "pca".
+        seed: fixes t-SNE.
+
     Raises:
-        UserError: all features are the same.
+        ValueError: all features are the same.
     """
     if not np.ptp(features, axis=0).any():
-        raise UserError(f"--embedding {options.embedding}: all images have the same features")
-    if options.method == "pca":
-        pca = PCA(2, random_state=options.seed)
+        raise ValueError("all images have the same features")
+    if method == "pca":
+        pca = PCA(2, random_state=seed)
         places = pca.fit_transform(features)
         first, second = pca.explained_variance_ratio_
         return places, f"PCA, whose two axes have {first:.0%} and {second:.0%} of the variance"
     perplexity = min(_PERPLEXITY, (len(features) - 1) / 3)
-    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=options.seed)
+    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
     return tsne.fit_transform(features), f"t-SNE of perplexity {perplexity:.3g}"
 
 
-def _folders(paths: Sequence[str]) -> tuple[list[int], list[str]]:
+def folders_of(paths: Sequence[str]) -> tuple[list[int], list[str]]:
     """Of each path the number of its first folder that not all paths share; and the names of these folders."""
     parts = [PurePath(path).parts[:-1] for path in paths]
     shared = 0

@@ -20,8 +20,12 @@ from lomar.methods.tokenizer import STRIDE
 IMAGES_OF_A_FOLDER = 8  # the first ones
 
 
-def images_named(paths: Sequence[str]) -> ImageSource:
+def images_named(paths: Sequence[str], of_a_folder: int | None = IMAGES_OF_A_FOLDER) -> ImageSource:
     """The images that `--images` names, and the first of each folder it names.
+
+    Args:
+        paths: images, folders of images, or 'sample'.
+        of_a_folder: so many; None for all.
 
     Raises:
         UserError: there is no such file or folder, or no image in it.
@@ -33,7 +37,7 @@ def images_named(paths: Sequence[str]) -> ImageSource:
             found.append(ImageSource("", [os.fsencode(absolute)]))
         elif path == "sample" or is_there(path):
             source = open_source("sample" if path == "sample" else absolute, flag="--images")
-            found.append(source.subset(range(min(len(source), IMAGES_OF_A_FOLDER))))
+            found.append(source if of_a_folder is None else source.subset(range(min(len(source), of_a_folder))))
         else:
             raise UserError(f"--images: there is no file or folder {path}")
     return joined(found)

@@ -38,6 +38,7 @@ RUN_FILES = (
     "train.log",
     "tensorboard",
     "bad_files.txt",
+    "report.html",
 )
 EVALUATIONS = 20  # at most, when their interval is not given
 

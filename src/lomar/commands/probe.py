@@ -40,6 +40,7 @@ PROBE_FILES = (
     HEAD_FILE,
     RESULT_FILE,
     LOG_FILE,
+    "report.html",
 )
 EVALUATIONS = 10  # of a probe, evenly spread
 ROWS_AT_ONCE = 50  # of the metrics, written together

@@ -9,11 +9,13 @@ from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning_fabric import Fabric
 
 from lomar import __version__
-from lomar.commands.automatic import Choice, Hardware, micro_batch
+from lomar.benchmark.machine import processor_name, versions
+from lomar.commands.automatic import Choice, Hardware, find_hardware, micro_batch
 from lomar.data.opening import is_there
 from lomar.data.survey import Survey
 from lomar.errors import UserError
@@ -236,12 +238,24 @@ def begun(
             except OSError as error:
                 raise UserError(f"--out {run} cannot be written: {error.strerror}") from error
             log.info("lomar %s, options in %s", __version__, run / CONFIG_FILE)
+            log.info("versions: %s", ", ".join(f"{name} {version}" for name, version in versions().items()))
+            log.info("hardware: %s", _hardware(fabric))
 
         try:
             first_alone(fabric, make)
             yield
         finally:
             close_log()
+
+
+def _hardware(fabric: Fabric) -> str:
+    """What the processes of a run compute on, as far as the first one sees it."""
+    found = f"{processor_name()}, {find_hardware('cpu').cores} cores a process"
+    if fabric.device.type == "cuda":
+        found += f", {fabric.world_size} x {torch.cuda.get_device_name(fabric.device)}"
+    elif fabric.world_size > 1:
+        found += f", {fabric.world_size} processes"
+    return found
 
 
 def _check_alike(fabric: Fabric, options: Any) -> None:

@@ -121,9 +121,9 @@ def compare_curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
             if key == "loss":
                 for colour, (name, rows) in zip(_colours(len(runs)), runs.items(), strict=True):
                     where, loss = _points(rows, x, "loss")
-                    axes.plot(where, _smoothed(loss), color=colour, label=name)
+                    axes.plot(where, smoothed(loss), color=colour, label=name)
                 axes.set_ylabel("loss (smoothed)")
-                _leave_out_outliers(axes, [_points(rows, x, "loss")[1] for rows in runs.values()])
+                leave_out_outliers(axes, [_points(rows, x, "loss")[1] for rows in runs.values()])
             else:
                 _draw_quality(axes, runs, quality, x)
             axes.set_xlabel("epoch" if x == "epoch" else "elapsed time (hours)")
@@ -134,7 +134,7 @@ def compare_curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
 def _draw_noisy(axes: Axes, step: Values, values: Values) -> None:
     """Every value, light, and their moving mean."""
     axes.plot(step, values, color=COLOURS[0], alpha=0.25, linewidth=0.8, label="each step")
-    axes.plot(step, _smoothed(values), color=COLOURS[0], label=f"mean over {_span(len(values))} steps")
+    axes.plot(step, smoothed(values), color=COLOURS[0], label=f"mean over {_span(len(values))} steps")
     axes.legend()
 
 
@@ -142,7 +142,7 @@ def _draw_loss(axes: Axes, rows: Sequence[Row]) -> None:
     step, loss = _points(rows, "step", "loss")
     _draw_noisy(axes, step, loss)
     axes.set_ylabel("loss")
-    _leave_out_outliers(axes, [loss])
+    leave_out_outliers(axes, [loss])
 
 
 def _draw_plain(axes: Axes, rows: Sequence[Row], key: str, label: str) -> None:
@@ -199,7 +199,7 @@ def _span(count: int) -> int:
     return count // 80 * 2 + 1
 
 
-def _smoothed(values: Values) -> Values:
+def smoothed(values: Values) -> Values:
     """Centred moving mean, over fewer values at both ends; it does not lag behind as an exponential mean does."""
     window = np.ones(_span(len(values)))
     if values.size == 0:
@@ -207,7 +207,7 @@ def _smoothed(values: Values) -> Values:
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def _leave_out_outliers(axes: Axes, losses: Sequence[Values]) -> None:
+def leave_out_outliers(axes: Axes, losses: Sequence[Values]) -> None:
     """Keeps a few extreme first steps from flattening the curve: the top is the 99.5th percentile of the losses."""
     together = np.concatenate(list(losses))
     low, high = together.min(), np.percentile(together, 99.5)

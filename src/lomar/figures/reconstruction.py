@@ -7,7 +7,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lomar.figures.sheet import Group, Rgb, Window, full_caption, outline, rgb, sheet, shown_range, tile, tile_side
+from lomar.figures.sheet import (
+    Group,
+    Rgb,
+    Window,
+    full_caption,
+    outline,
+    rgb,
+    sheet,
+    shown_range,
+    tile,
+    tile_side,
+    tiles_of,
+)
+
+# Of a figure 7: of windows, and of methods on whole images.
+COLUMNS, WHOLE_COLUMNS = ("original", "window", "masked", "reconstruction"), ("original", "masked", "reconstruction")
 
 
 @dataclass(frozen=True)
@@ -63,12 +78,28 @@ def figure7(panels: Sequence[Panel], caption: str) -> Image.Image:
             if not whole:
                 outline(tiles[-1], panel.box(), region)
         rows.append(tiles)
-    group = Group(
-        "", ("original", "masked", "reconstruction") if whole else ("original", "window", "masked", "reconstruction")
-    )
+    group = Group("", WHOLE_COLUMNS if whole else COLUMNS)
     if any(panel.is_small for panel in panels):
         caption += " The window outlined in the original is shown enlarged, with its surroundings."
     return sheet(rows, [group], full_caption(caption, panels))
+
+
+def columns_of(picture: Image.Image, whole: bool) -> dict[str, list[Image.Image]]:
+    """The tiles of a picture that `figure7` drew, title -> one an image; {} where it is none.
+
+    Args:
+        picture: as read from its file.
+        whole: whether the windows are whole images.
+    """
+    titles = WHOLE_COLUMNS if whole else COLUMNS
+    rows = tiles_of(picture, len(titles))
+    return {title: [row[place] for row in rows] for place, title in enumerate(titles)} if rows else {}
+
+
+def filled_in(panel: Panel, side: int) -> tuple[Image.Image, Image.Image]:
+    """The masked window and what the model made of it, each as a tile."""
+    _, _, masked, reconstruction = _views(panel)
+    return tile(masked, side), tile(reconstruction, side)
 
 
 def figure8(rows: Sequence[Sequence[Panel]], ratios: Sequence[float], caption: str) -> Image.Image:

@@ -208,7 +208,7 @@ def sheet(
         letters_px: size of titles and caption; None goes by the tiles' width.
     """
     side, height = tiles[0][0].size
-    gap = max(4, side // 40)
+    gap = _gap(side)
     margin = 3 * gap
     letters, bold = (
         typeface(letters_px or title_px(side), "DejaVuSans"),
@@ -249,6 +249,41 @@ def sheet(
     for index, line in enumerate(lines):
         draw.text((margin, below + index * line_px), line, INK, letters)
     return paper
+
+
+def tiles_of(picture: Image.Image, columns: int) -> list[list[Image.Image]]:
+    """The square tiles of a sheet of one group without heading, row by row: what `sheet` was given.
+
+    Args:
+        picture: the sheet, as it is or as read from a file.
+        columns: titles of the group.
+
+    Returns:
+        [] where a picture of this size is no such sheet, with letters of the tiles' size.
+    """
+    for side in range(1, picture.width // columns + 1):
+        gap = _gap(side)
+        if columns * side + (columns - 1) * gap + 6 * gap != picture.width:
+            continue
+        line_px = round(1.45 * title_px(side))
+        top = 3 * gap + line_px
+        # The most rows of tiles that leave a caption of whole lines, be it empty, are all of them.
+        for rows in range((picture.height - top) // (side + gap), 0, -1):
+            left_px = picture.height - top - rows * (side + gap) - 4 * gap
+            if left_px >= 0 and left_px % line_px == 0:
+                return [
+                    [
+                        picture.crop((left, below, left + side, below + side))
+                        for left in range(3 * gap, picture.width - side, side + gap)
+                    ]
+                    for below in range(top, top + rows * (side + gap), side + gap)
+                ]
+    return []
+
+
+def _gap(side: int) -> int:
+    """Between tiles of a side; the margin is three of them."""
+    return max(4, side // 40)
 
 
 def full_caption(caption: str, windows: Sequence[Window]) -> str:

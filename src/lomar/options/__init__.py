@@ -30,6 +30,7 @@ from lomar.options.fields import (
 from lomar.options.pictures import AttentionOptions, ReconstructOptions
 from lomar.options.preparing import PrepareOptions
 from lomar.options.pretraining import PretrainOptions, RecipesOptions, TokenizerOptions
+from lomar.options.reporting import ReportOptions
 from lomar.options.studying import StudyOptions
 from lomar.options.weights import ConvertOptions, ExportOptions
 
@@ -54,6 +55,7 @@ __all__ = [
     "ProbeOptions",
     "RecipesOptions",
     "ReconstructOptions",
+    "ReportOptions",
     "StudyOptions",
     "TokenizerOptions",
     "command_line",

@@ -18,7 +18,7 @@ from lomar.errors import TrainingError, UserError
 from lomar.training.bad_files import BadFiles
 from lomar.training.checkpoint import FOLDER, Checkpoints
 from lomar.training.keeping import Keeper, why
-from lomar.training.memory import keep_freed_memory, peak_bytes
+from lomar.training.memory import gpu_share, keep_freed_memory, peak_bytes
 from lomar.training.optim import Schedule, StepSchedule
 from lomar.training.processes import first_alone, said_by_all
 from lomar.training.records import Display, Metrics, Row, TensorBoard
@@ -361,6 +361,8 @@ class Trainer:
                 failure = NonFiniteError(row["step"], names)
                 break
             rows.append(row)
+        if rows and (share := gpu_share(self.fabric.device)) is not None:
+            rows[-1]["gpu_memory"] = round(share, 4)
         self._buffer.clear()
         self._record(rows)
         for row in rows:
