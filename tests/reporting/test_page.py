@@ -158,7 +158,13 @@ def test_two_runs_are_compared(run: RunRecord, tmp_path: Path) -> None:
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / folder / "run", course())) for folder in ("a", "b")]
-    assert labels(runs) == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+    assert labels(runs) == ["a", "b"]
+    deeper = read_run(make_run(tmp_path / "b" / "c" / "run", course()))
+    assert labels([runs[0], deeper]) == ["a", "b/c"]
+    within = read_run(make_run(tmp_path / "a" / "run" / "run", course()))
+    assert (
+        all(label.endswith("run") for label in labels([runs[0], within])) and len(set(labels([runs[0], within]))) == 2
+    )
     assert labels([runs[0], runs[0]]) == ["run (1)", "run (2)"]
     assert labels(runs[:1]) == ["run"]
 

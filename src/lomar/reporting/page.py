@@ -93,12 +93,22 @@ class _Told:
 
 
 def labels(records: Sequence[RunRecord]) -> list[str]:
-    """A name for each run, no two alike: its folder's, or the path where these are the same."""
+    """A name for each run, no two alike: its folder's, or, where these are the same, what differs of their paths."""
     names = [record.name for record in records]
     if len(set(names)) == len(names):
         return names
-    paths = [str(record.path) for record in records]
-    return paths if len(set(paths)) == len(paths) else [f"{name} ({i})" for i, name in enumerate(names, start=1)]
+    paths = [record.path.absolute().parts for record in records]
+    if len(set(paths)) < len(paths):
+        return [f"{name} ({i})" for i, name in enumerate(names, start=1)]
+    first, same = _alike(paths), _alike([parts[::-1] for parts in paths])
+    differing = ["/".join(parts[first : max(first + 1, len(parts) - same)]) for parts in paths]
+    return differing if all(differing) else ["/".join(parts).removeprefix("/") for parts in paths]
+
+
+def _alike(paths: Sequence[tuple[str, ...]]) -> int:
+    """How many of their first parts are the same in all."""
+    pairs = enumerate(zip(*paths, strict=False))
+    return next((place for place, parts in pairs if len(set(parts)) > 1), min(map(len, paths)))
 
 
 def render(
