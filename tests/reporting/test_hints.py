@@ -112,10 +112,52 @@ def test_a_run_that_goes_on_may_be_below_random_for_a_while(run: Reader, tmp_pat
 
 
 def test_effective_rank_that_collapses(run: Reader) -> None:
-    assert (
-        "from 40.0 to 19.0" in only(hints.collapsing_rank(run(judged([40.0, 19.0], "effective_rank", start=20.0)))).text
-    )
-    assert hints.collapsing_rank(run(judged([40.0, 21.0], "effective_rank", start=20.0))) == []
+    fallen = hints.collapsing_rank(run(judged([40.0, 30.0, 19.0], "effective_rank", start=20.0)))
+    assert "from 40.0 to 19.0" in only(fallen).text
+    assert hints.collapsing_rank(run(judged([40.0, 30.0, 21.0], "effective_rank", start=20.0))) == []
+    # Random weights often have twice the rank of a run that learns.
+    assert hints.collapsing_rank(run(judged([17.0, 16.0, 15.0], "effective_rank", start=40.0))) == []
+
+
+def test_hints_of_one_run_do_not_contradict_each_other(run: Reader) -> None:
+    texts = [hint.text for hint in hints_on(run(judged([0.3, 0.3, 0.3, 0.29])))]
+    assert any("Train longer" in text for text in texts) and not any("not likely to help" in text for text in texts)
+    rows = judged([0.4, 0.5, 0.55, 0.6], "top1", start=None)
+    for row, loss in zip([row for row in rows if "top1" in row], (1.0, 0.9, 1.0, 1.1), strict=True):
+        row["val_loss"] = loss
+    texts = [hint.text for hint in hints_on(run(rows, FINETUNE))]
+    assert any("Train longer" in text for text in texts) and not any("overfitting" in text for text in texts)
+
+
+def test_a_run_that_goes_on_is_not_called_flat_and_its_fall_is_a_note(run: Reader, tmp_path: Path) -> None:
+    assert hints.quality_course(run(judged([0.45] * 6), CONFIG | {"max_steps": 10_000})) == []
+    folder = make_run(tmp_path / "run", judged([0.40, 0.46, 0.45, 0.43]), CONFIG | {"max_steps": 10_000})
+    (folder / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    assert only(hints.quality_course(read_run(folder))).severity == "note"
+
+
+def test_losses_of_classifiers_may_differ_from_batch_to_batch(run: Reader) -> None:
+    rows = course(loss=lambda share: 3.0 if round(share * 200) % 7 == 0 else 1.0)
+    assert hints.loss_spikes(run(rows)) and hints.loss_spikes(run(rows, FINETUNE)) == []
+
+
+def test_weights_that_had_learnt_may_go_on_slowly(run: Reader) -> None:
+    rows = course(300, loss=0.5)
+    assert hints.flat_loss(run(rows)) and hints.flat_loss(run(rows, CONFIG | {"init": "weights.pth"})) == []
+
+
+def test_remedies_are_options_of_the_command(run: Reader) -> None:
+    from dataclasses import fields
+    from re import findall
+
+    from lomar.reporting.reading import KINDS
+
+    rows = judged([0.40, 0.46, 0.45, 0.30], "box_ap", start=None)
+    config = {each.name: None for each in fields(KINDS["detect"])} | {"batch_size": 50, "max_steps": 200}
+    found = run(rows, config)
+    assert found.kind == "detect"
+    named = {name for hint in hints_on(found) for name in findall(r"--([a-z-]+)", hint.text)}
+    assert named == {"lr"}
 
 
 def test_loss_spikes(run: Reader) -> None:

@@ -152,7 +152,7 @@ def test_two_runs_are_compared(run: RunRecord, tmp_path: Path) -> None:
     assert "comparison" in [attributes["id"] for attributes in found.all("h2")]
     assert found.text.index("--base-lr 0.001 0.002") < found.text.index("--workers · 2 4")
     assert "--views 2 \N{EN DASH}" in found.text and "--mask-ratio 0.8 0.8" not in found.text
-    assert "k-NN top-1 30.0 % at random initialisation → 45.4 % 30.0 % at random initialisation → 60.0 %" in found.text
+    assert "k-NN top-1 30.0 % before training → 45.4 % 30.0 % before training → 60.0 %" in found.text
     assert "No option differs." in page(run, run).text
 
 

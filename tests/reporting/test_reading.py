@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from runs_made import CONFIG, FINETUNE, course, judged, make_run
 
 from lomar.errors import UserError
+from lomar.figures.charts import charts_of
+from lomar.reporting.facts import key_results
+from lomar.reporting.hints import hints_on
 from lomar.reporting.page import Shown, render
 from lomar.reporting.reading import UNKNOWN, read_run
 
@@ -194,3 +197,16 @@ def test_every_option_of_a_real_configuration_tells_its_command(finished_run: Pa
     assert set(run.config) == set(yaml.safe_load((finished_run / "config.yaml").read_text()))
     assert dict(run.versions)["torch"] and "cores" in run.hardware and run.sittings == 1
     assert list(run.drawn) == [0, 4]
+
+
+def test_what_cannot_be_read_or_reckoned_with_costs_itself_alone(tmp_path: Path) -> None:
+    rows = course(20)
+    rows[-1]["epoch"], rows[3]["loss"], rows[4]["data_wait"], rows[5]["data_wait"] = 5e-324, 10**400, 1.7e308, 1.7e308
+    record = read_run(make_run(tmp_path / "run", rows))
+    assert len(record.values("loss")) == 19 and key_results(record) and charts_of({"run": record.rows})
+    hints_on(record)
+    broken = make_run(tmp_path / "broken", [])
+    (broken / "metrics.jsonl").unlink()
+    (broken / "metrics.jsonl").mkdir()
+    (broken / "config.yaml").touch()
+    assert any("metrics.jsonl cannot be read" in trouble for trouble in read_run(broken).troubles)

@@ -18,7 +18,7 @@ from lomar.commands.panels import caption, central_crops, images_named, panels, 
 from lomar.commands.report_pictures import TILE_PX, attempt, encoded, strip
 from lomar.commands.settling import TOKENIZER_FILE
 from lomar.data.addresses import is_address
-from lomar.data.labels import evaluation_split
+from lomar.data.labels import SPLIT_SEED, evaluation_split, labelled_data
 from lomar.data.loader import centre_crops
 from lomar.data.opening import open_source
 from lomar.data.sources import ImageSource
@@ -55,6 +55,9 @@ def ask_model(run: RunRecord, shown: Shown, options: ReportOptions, say: Callabl
     """
     if run.kind not in ASKED:
         return
+    find_hardware(options.device)  # what was asked for and cannot be had is an error, and no note
+    if options.images:
+        images_named(options.images, of_a_folder=None)
     say("asking the model for attention" + (" and reconstructions" if run.kind == "pretrain" else ""))
     images = _Images(run, options)
     if run.kind == "pretrain":
@@ -108,13 +111,18 @@ class _Images:
             UserError: there is none.
         """
         limit, seed = max(self._options.samples, ATTENTIVE_IMAGES), self._options.seed
-        labelled = next((name for name in ("eval_data", "val") if self._run.option(name, str)), "data")
-        if not self._options.images and (labelled != "data" or self._run.kind == "finetune"):
-            split = evaluation_split(self._own(labelled), seed, limit, limit, flag=f"--{labelled.replace('_', '-')}")
-            if split is not None:
-                part, does = (split.val, "judge") if len(split.val) >= LEAST_MAPPED else (split.train, "train or vote")
-                of = f"that {does}, of {self._own(labelled)}"
-                return _Mapped(part.source, part.labels.tolist(), split.classes, of)
+        split, where = None, ""
+        # Drawn as the run itself draws them, so that images that judge are those that judged.
+        if not self._options.images and self._run.kind == "finetune":
+            val = self._own("val") if self._run.option("val", str) else None
+            where = val or self._own("data")
+            split = labelled_data(self._own("data"), SPLIT_SEED, val).thinned(limit, limit, seed)
+        elif not self._options.images and self._run.option("eval_data", str):
+            where = self._own("eval_data")
+            split = evaluation_split(where, self._run.option("seed", int) or 0, limit, limit)
+        if split is not None:
+            part, does = (split.val, "judge") if len(split.val) >= LEAST_MAPPED else (split.train, "train or vote")
+            return _Mapped(part.source, part.labels.tolist(), split.classes, f"that {does}, of {where}")
         source, of = self._unlabelled(limit)
         groups, names = folders_of([source.name(index) for index in range(len(source))])
         return _Mapped(source, groups, names, of)

@@ -201,10 +201,13 @@ def _span(count: int) -> int:
 
 def smoothed(values: Values) -> Values:
     """Centred moving mean, over fewer values at both ends; it does not lag behind as an exponential mean does."""
-    window = np.ones(_span(len(values)))
     if values.size == 0:
         return values
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+    span = _span(len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    places = np.arange(len(values))
+    first, last = np.maximum(0, places - span // 2), np.minimum(len(values), places + (span + 1) // 2)
+    return (sums[last] - sums[first]) / (last - first)
 
 
 def leave_out_outliers(axes: Axes, losses: Sequence[Values]) -> None:

@@ -6,7 +6,7 @@ from statistics import fmean, median
 from typing import Any
 
 from lomar.options import flag
-from lomar.reporting.reading import KINDS, RunRecord, is_number
+from lomar.reporting.reading import KINDS, RunRecord, is_number, waiting_share
 
 Pairs = list[tuple[str, str]]
 
@@ -121,8 +121,8 @@ def key_results(run: RunRecord) -> Pairs:
     if rates := run.values("images_per_s"):
         rate = median(rates)
         found.append(("Throughput", f"{f'{rate:,.0f}' if rate >= 1000 else f'{rate:.3g}'} images a second (median)"))
-    if waits := run.values("data_wait"):
-        found.append(("Waiting for data", f"{fmean(waits):.0%} of a step's time (mean)"))
+    if (share := waiting_share(run)) is not None:
+        found.append(("Waiting for data", f"{share:.0%} of the time"))
     return found
 
 
@@ -131,7 +131,7 @@ def _judged(points: Sequence[tuple[int, float]], text: Any, best: bool = True) -
     values = [value for _, value in points]
     said = text(values[-1])
     if points[0][0] == 0 and len(points) > 1:
-        said = f"{text(values[0])} at random initialisation → {said}" if best else said
+        said = f"{text(values[0])} before training → {said}" if best else said
     top = max(values)
     if best and text(top) != text(values[-1]) and len(points) > 1:
         said += f" (best {text(top)} at step {points[values.index(top)][0]:,})"

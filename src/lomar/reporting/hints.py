@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from shlex import quote
 from statistics import fmean, median
 
-from lomar.reporting.reading import UNKNOWN, RunRecord, is_number
+from lomar.reporting.reading import UNKNOWN, RunRecord, is_number, waiting_share
 
 # Of a run's steps: fewer say nothing about a course.
 LEAST_STEPS = 20
@@ -20,9 +20,12 @@ NOISE = 0.01
 LEAST_EVALUATIONS = 4
 # Without a rise for half of the run: a plateau, no pause.
 FLAT = 0.5
-# Effective rank: halved against its best, directions that were in use are lost; runs that learn lose a fifth at most.
-COLLAPSED = 0.5
-# Loss: a step that is half as high again as its neighbours. Batches differ by a few per cent.
+# Effective rank: halved against its best behind step 0, directions that were learnt are lost. Random weights do not
+# count: theirs is often twice that of a run that learns.
+COLLAPSED, LEAST_RANKS = 0.5, 3
+# Loss: a step that is half as high again as its neighbours. Where patches are predicted, batches differ by a few per
+# cent.
+LABEL_FREE = ("pretrain", "tokenizer train")
 SPIKE, NEIGHBOURS = 1.5, 25
 # Loss: fallen by less than this, the model predicts little more than the mean, which it does after a few steps.
 FLAT_LOSS, FLAT_STEPS = 0.02, 200
@@ -81,12 +84,8 @@ def hints_on(run: RunRecord) -> list[Hint]:
 
 def waiting(run: RunRecord) -> list[Hint]:
     """The share of the time that was spent waiting for data, each step weighted by how long it took."""
-    rows = [row for row in _settled(run, "data_wait") if is_number(row.get("images_per_s")) and row["images_per_s"] > 0]
-    if len(rows) < LEAST_STEPS // 2 or run.kind == "probe":
-        return []
-    times = [1 / row["images_per_s"] for row in rows]
-    share = sum(row["data_wait"] * time for row, time in zip(rows, times, strict=True)) / sum(times)
-    if share < WAITING:
+    share = waiting_share(run)
+    if share is None or share < WAITING or run.kind == "probe":
         return []
     workers = run.option("workers", int)
     now = "" if workers is None else f" (now {workers})"
@@ -117,10 +116,14 @@ def quality_course(run: RunRecord) -> list[Hint]:
         elif best - last > 2 * NOISE:
             text = (
                 f"{judged.name} falls: {_percent(best)} at step {steps[values.index(best)]}, {_percent(last)} at the "
-                f"last evaluation. A shorter run or a lower rate (--base-lr) may end higher."
+                f"last evaluation. "
             )
-            hints.append(Hint("advice", text, numbers))
-        elif reached <= (1 - FLAT) * end:
+            if run.state == "running":
+                hints.append(Hint("note", text + "It may rise again as the rate falls.", numbers))
+            else:
+                text += f"A shorter run or a lower rate{_rate(run)} may end higher."
+                hints.append(Hint("advice", text, numbers))
+        elif run.state == "finished" and reached <= (1 - FLAT) * end and not below_random(run):
             text = (
                 f"{judged.name} has been flat since step {reached} of {end}, at {_percent(best)}: "
                 "a longer run of this kind is not likely to help."
@@ -148,15 +151,15 @@ def below_random(run: RunRecord) -> list[Hint]:
 
 def collapsing_rank(run: RunRecord) -> list[Hint]:
     """Effective rank far below its best."""
-    points = run.points("effective_rank")
-    if len(points) < 2:
+    points = [(step, value) for step, value in run.points("effective_rank") if step > 0]
+    if len(points) < LEAST_RANKS:
         return []
     best, last = max(value for _, value in points), points[-1][1]
     if last >= COLLAPSED * best:
         return []
     text = (
         f"The effective rank of the features has fallen from {best:.1f} to {last:.1f}: images become alike to the "
-        "encoder. A lower rate (--base-lr) or a longer warm-up may keep them apart."
+        f"encoder. A lower rate{_rate(run)} or a longer warm-up may keep them apart."
     )
     return [Hint("problem", text, {"best": best, "last": last})]
 
@@ -164,7 +167,8 @@ def collapsing_rank(run: RunRecord) -> list[Hint]:
 def loss_spikes(run: RunRecord) -> list[Hint]:
     """Steps whose loss is far above that of their neighbours."""
     points = run.points("loss")
-    if len(points) < 2 * LEAST_STEPS:
+    # The losses of classifiers and detectors differ from batch to batch as much as this.
+    if len(points) < 2 * LEAST_STEPS or run.kind not in LABEL_FREE:
         return []
     values = [value for _, value in points]
     spikes = []
@@ -178,7 +182,8 @@ def loss_spikes(run: RunRecord) -> list[Hint]:
     count = f"{len(spikes)} steps have" if len(spikes) > 1 else "One step has"
     text = f"{count} a loss far above their neighbours', the highest {factor:.1f} times at step {step}. "
     text = text if len(spikes) > 1 else text.replace("their", "its")
-    remedy = "A lower rate (--base-lr) or gradient clipping (--clip-grad) smooths them."
+    clipping = " or gradient clipping (--clip-grad)" if "clip_grad" in run.config else ""
+    remedy = f"A lower rate{_rate(run)}{clipping} smooths them."
     return [Hint("advice", text + remedy, {"spikes": len(spikes), "factor": factor, "step": step})]
 
 
@@ -189,10 +194,9 @@ def not_finite(run: RunRecord) -> list[Hint]:
     if not count:
         return []
     how_often = "once" if count == 1 else f"{count} times"
+    precision = " or --precision fp32" if "precision" in run.config else ""
     first = run.non_finite[0] if run.non_finite else f"the loss is not finite at step {nulls[0]}"
-    text = (
-        f"The loss was not finite {how_often} ({first[:300]}). A lower rate (--base-lr) or --precision fp32 may help."
-    )
+    text = f"The loss was not finite {how_often} ({first[:300]}). A lower rate{_rate(run)}{precision} may help."
     return [Hint("problem", text, {"times": count})]
 
 
@@ -200,7 +204,7 @@ def always_clipped(run: RunRecord) -> list[Hint]:
     """Gradients that are clipped at nearly every step."""
     limit = run.option("clip_grad", float)
     norms = [row["grad_norm"] for row in _settled(run, "grad_norm")]
-    if not limit or len(norms) < LEAST_STEPS:
+    if not limit or len(norms) < LEAST_STEPS or run.kind == "detect":  # a detector's are, and are meant to be
         return []
     share = sum(norm > limit for norm in norms) / len(norms)
     if share < CLIPPED:
@@ -250,10 +254,12 @@ def bad_files(run: RunRecord) -> list[Hint]:
     """Many files that could not be read."""
     if not run.images or not run.bad_files:
         return []
-    share = len(run.bad_files) / run.images
+    epochs = max((row["epoch"] for row in run.rows if is_number(row.get("epoch"))), default=0.0)
+    read = max(1, round(run.images * min(1.0, epochs)))
+    share = min(1.0, len(run.bad_files) / read)
     if share < BAD:
         return []
-    text = f"{len(run.bad_files):,} of {run.images:,} images ({share:.1%}) cannot be read; the list is below."
+    text = f"{len(run.bad_files):,} of {read:,} images ({share:.1%}) cannot be read; the list is below."
     return [Hint("problem" if share >= MANY_BAD else "advice", text, {"share": share})]
 
 
@@ -288,15 +294,15 @@ def spare_memory(run: RunRecord) -> list[Hint]:
 def flat_loss(run: RunRecord) -> list[Hint]:
     """A reconstruction loss that does not fall from the start."""
     losses = run.values("loss")
-    if run.kind not in ("pretrain", "tokenizer train") or len(losses) < FLAT_STEPS:
+    if run.kind not in LABEL_FREE or len(losses) < FLAT_STEPS or run.option("init", str):  # such weights had learnt
         return []
     tenth = len(losses) // 10
     first, last = fmean(losses[: min(10, tenth)]), fmean(losses[-tenth:])
     if first <= 0 or last < (1 - FLAT_LOSS) * first:
         return []
     text = (
-        f"The loss is flat from the start: {first:.4g} in the first steps, {last:.4g} in the last. The rate "
-        "(--base-lr) may be too low or far too high, or the images all alike."
+        f"The loss is flat from the start: {first:.4g} in the first steps, {last:.4g} in the last. The "
+        f"rate{_rate(run)} may be too low or far too high, or the images all alike."
     )
     return [Hint("problem", text, {"first": first, "last": last})]
 
@@ -308,7 +314,9 @@ def overfitted(run: RunRecord) -> list[Hint]:
         return []
     lowest, at = min((value, step) for step, value in points)
     last = points[-1][1]
-    if last <= OVERFITTED * lowest or lowest <= 0:
+    right = [value for step, value in run.points("top1") if step > 0]
+    at_its_best = bool(right) and right[-1] >= max(right) - NOISE
+    if last <= OVERFITTED * lowest or lowest <= 0 or at_its_best or run.kind != "finetune":
         return []
     text = (
         f"The loss on images that judge rises: {lowest:.3g} at step {at}, {last:.3g} at the end, which is overfitting. "
@@ -339,6 +347,12 @@ def _settled(run: RunRecord, key: str) -> list[dict[str, float]]:
     """The rows that have a number under a key, without the first share of them."""
     rows = [row for row in run.rows if is_number(row.get(key))]
     return rows[round(START * len(rows)) :]
+
+
+def _rate(run: RunRecord) -> str:
+    """The option that sets the rate of a run's kind, in brackets behind a word; "" where there is no one option."""
+    named = {"pretrain": "--base-lr", "finetune": "--base-lr", "detect": "--lr", "tokenizer train": "--lr"}
+    return f" ({named[run.kind]})" if run.kind in named else ""
 
 
 def _percent(share: float) -> str:

@@ -1,7 +1,6 @@
 """A run's folder as it is on disk -> one record of all that a report tells; nothing in the folder is touched."""
 
 import json
-import math
 import os
 import re
 import socket
@@ -29,6 +28,8 @@ KINDS: Mapping[str, type] = {
 UNKNOWN = "unknown"  # a folder whose configuration is not there or not ours
 # What a run's last evaluation left, of those commands that leave it.
 RESULTS = {"finetune": "evaluation.json", "detect": "evaluation.json", "probe": "probe.json"}
+LARGEST = 1e100  # of a number in a file: sums and products of such stay finite
+LEAST_WAITED = 10  # steps from which a share of waiting can be told
 FRESH_S = 900.0  # a run on another machine counts as going on for so long after its last row
 _LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ([A-Z]+) +(.*)")
 _LOCKED_BY = re.compile(r"process (\d+) on (\S+)")
@@ -114,8 +115,26 @@ class RunRecord:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from a file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value from a file is a number that can be reckoned with: finite, and not absurdly large."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+
+
+def _reckonable(row: Row) -> Row:
+    """A row whose numbers can be reckoned with; others become None, like those that were not finite."""
+    return {
+        key: None if isinstance(value, int | float) and not isinstance(value, bool) and not is_number(value) else value
+        for key, value in row.items()
+    }
+
+
+def waiting_share(run: RunRecord) -> float | None:
+    """The share of the time spent waiting for data, behind the first tenth of the steps; None of a short run."""
+    rows = [row for row in run.rows if is_number(row.get("data_wait")) and is_number(row.get("images_per_s"))]
+    rows = [row for row in rows[round(len(rows) / 10) :] if row["images_per_s"] > 0]
+    if len(rows) < LEAST_WAITED:
+        return None
+    times = [1 / max(row["images_per_s"], 1e-9) for row in rows]
+    return sum(row["data_wait"] * time for row, time in zip(rows, times, strict=True)) / sum(times)
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -132,7 +151,14 @@ def read_run(path: str | Path) -> RunRecord:
     troubles: list[str] = []
     config = _config(files.config, troubles)
     kind = files.kind or kind_of_config(config)
-    rows = sorted(Metrics.read(files.metrics), key=lambda row: row["step"])
+    try:
+        rows = sorted(
+            (_reckonable(row) for row in Metrics.read(files.metrics) if is_number(row["step"])),
+            key=lambda row: row["step"],
+        )
+    except OSError as error:
+        rows = []
+        troubles.append(f"{files.metrics.name} cannot be read: {_one_line(error)}")
     log = _Log(_log_lines(files.log, troubles))
     images = _images(rows, config)
     total = _total_steps(kind, config, images)
@@ -242,9 +268,10 @@ def _bad_files(path: Path, troubles: list[str]) -> list[tuple[str, str]]:
 
 def _drawn(folder: Path) -> dict[int, Path]:
     """Step -> picture, by step."""
-    if not folder.is_dir():
+    try:
+        named = [(_DRAWN_AT.fullmatch(path.name), path) for path in folder.iterdir()]
+    except OSError:  # there is none, or it may not be read
         return {}
-    named = ((_DRAWN_AT.fullmatch(path.name), path) for path in folder.iterdir())
     return dict(sorted((int(name[1]), path) for name, path in named if name))
 
 
@@ -252,7 +279,7 @@ def _images(rows: Sequence[Row], config: Mapping[str, Any]) -> int | None:
     """Images of an epoch: steps, epochs and the batch tell, to the rounding of the epochs."""
     batch = config.get("batch_size")
     for row in reversed(rows):
-        if is_number(batch) and is_number(row.get("epoch")) and row["epoch"] > 0 and row["step"] > 0:
+        if is_number(batch) and is_number(row.get("epoch")) and row["epoch"] > 1e-9 and row["step"] > 0:
             return round(row["step"] * batch / row["epoch"])
     return None
 

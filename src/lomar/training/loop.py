@@ -353,9 +353,11 @@ class Trainer:
         self._buffer[-1][1].item()  # waits for the device: only now the steps' time is known
         took_s = max(1e-9, time.monotonic() - self._last_flush) / len(self._buffer)  # a step
         self._last_flush = time.monotonic()
+        # The same share for all of them: of one step's time alone a device does not tell.
+        waited_s = sum(row["data_wait"] for row, *_ in self._buffer) / len(self._buffer)
         for row, loss, grad_norm, names in self._buffer:
             row["images_per_s"] = round(self.course.batch_size / took_s, 2)
-            row["data_wait"] = round(min(1.0, row["data_wait"] / took_s), 4)
+            row["data_wait"] = round(min(1.0, waited_s / took_s), 4)
             row["loss"], row["grad_norm"] = loss.item(), grad_norm.item()
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 failure = NonFiniteError(row["step"], names)
