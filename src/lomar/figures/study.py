@@ -87,6 +87,9 @@ def lines(points: Sequence[Point], along: str, path: Path) -> None:
                 axes.errorbar(places, means, errors, color=colour, marker="o", capsize=3, lw=1.5, label=group)
             axes.set_title(f"{judgement}, top-1 %")
             axes.set_xlabel(along)
+            varied = sorted({point.at for point in points})
+            if all(at == round(at, 2) for at in varied):  # chosen values, not measured ones
+                axes.set_xticks(varied)
         if len(groups) > 1:
             panels[-1].legend()
         save_figure(figure, path)
