@@ -19,7 +19,7 @@ ALLOWED = {
     "downstream": {"model"},
     "detection": {"model"},
     "benchmark": {"data", "model", "methods", "training", "downstream"},
-    "study": {"data", "methods", "model", "interop", "training"},
+    "study": {"data", "methods", "model", "interop", "training", "options"},
     "figures": set(),
     "reporting": {"training", "options"},
     "interop": {"model", "methods", "detection"},

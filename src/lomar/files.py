@@ -34,6 +34,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """`write_atomically` of a text, as UTF-8.
+
+    Args:
+        path: the file.
+        text: its content.
+        errors: what becomes of letters that UTF-8 lacks, as for `str.encode`.
+    """
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors=errors))
+
+
 def flush_to_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, would survive a power cut.
 

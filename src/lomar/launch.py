@@ -6,6 +6,17 @@ from dataclasses import dataclass
 
 from lomar.errors import UserError
 
+# By these torchrun and SLURM tell processes that they work together.
+_TOGETHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+)
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -66,6 +77,11 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
             f"process {rank} of {count}, {local_count} on this machine: these numbers do not fit each other"
         )
     return Launch(count, rank, local_count, local_rank, machine)
+
+
+def alone(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a process that is to work alone, started by one that torchrun or srun started."""
+    return {name: value for name, value in environment.items() if name not in _TOGETHER}
 
 
 def _in_a_step(environment: Mapping[str, str]) -> bool:

@@ -374,7 +374,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (EmbeddingWriter, "write", FULL, FULL.strerror),
         (Metrics, "write", FULL, FULL.strerror),
         (probe_results, "save_file", FULL, FULL.strerror),
-        (probe_results, "write_atomically", FULL, FULL.strerror),
+        (probe_results, "write_text", FULL, FULL.strerror),
     ],
 )  # fmt: skip
 def test_a_full_disk_is_one_line_and_what_was_begun_goes_on(

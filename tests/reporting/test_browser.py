@@ -15,6 +15,7 @@ from PIL import Image
 from runs_made import CONFIG, FINETUNE, judged, make_run
 
 from lomar.figures.charts import charts_of, distance_chart
+from lomar.reporting.hints import hints_on
 from lomar.reporting.page import Picture, Shown, render
 from lomar.reporting.reading import RunRecord, read_run
 
@@ -41,7 +42,9 @@ def written(tmp_path: Path, name: str, records: list[RunRecord], shown: list[Sho
     charts = charts_of({f"run {number}": record.rows for number, record in enumerate(records)})
     charts.append(distance_chart({f"run {number}": [(1.0, 2.0), (1.5, 2.0)] for number in range(len(records))}))
     pictures = [Picture(each.title, each.svg, "image/svg+xml", each.alt) for each in charts]
-    page = render(records, shown, pictures[:-1], pictures[-1], datetime(2026, 1, 2))
+    page = render(
+        records, [hints_on(record) for record in records], shown, pictures[:-1], pictures[-1], datetime(2026, 1, 2)
+    )
     (tmp_path / name).write_text(page)
     return tmp_path / name
 

@@ -11,6 +11,7 @@ import pytest
 from runs_made import CONFIG, FINETUNE, course, judged, make_run
 
 from lomar.figures.charts import charts_of
+from lomar.reporting.hints import hints_on
 from lomar.reporting.page import QUIET, Picture, Shown, labels, render
 from lomar.reporting.reading import RunRecord, read_run
 
@@ -68,7 +69,9 @@ def run(tmp_path: Path) -> RunRecord:
 
 
 def page(*records: RunRecord, shown: Shown | None = None) -> Page:
-    return Page(render(records, [shown or full()] * len(records), [PIXEL], PIXEL, MADE))
+    return Page(
+        render(records, [hints_on(each) for each in records], [shown or full()] * len(records), [PIXEL], PIXEL, MADE)
+    )
 
 
 def test_the_page_is_well_formed_and_has_every_section(run: RunRecord) -> None:
@@ -97,7 +100,7 @@ def test_every_picture_has_words_and_lies_within_the_page(run: RunRecord) -> Non
 
 def test_nothing_outside_of_the_page_is_named(run: RunRecord) -> None:
     charts = [Picture(each.title, each.svg, "image/svg+xml", each.alt) for each in charts_of({"quiet": run.rows})]
-    text = render([run], [full()], charts, None, MADE)
+    text = render([run], [hints_on(run)], [full()], charts, None, MADE)
     found = Page(text)
     assert not {"script", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in found.elements}
     for tag, attributes in found.elements:
@@ -139,7 +142,7 @@ def test_a_quiet_run_is_told_so_and_one_with_hints_is_told_those(run: RunRecord)
 
 def test_what_is_missing_leaves_a_page_without_it(tmp_path: Path) -> None:
     nothing = read_run(make_run(tmp_path / "run", config=None))
-    found = Page(render([nothing], [Shown()], [], None, MADE))
+    found = Page(render([nothing], [hints_on(nothing)], [Shown()], [], None, MADE))
     assert [attributes["id"] for attributes in found.all("h2")] == ["summary", "configuration", "versions", "bad-files"]
     assert "There is no configuration." in found.text and "None were found." in found.text
 

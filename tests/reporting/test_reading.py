@@ -104,7 +104,7 @@ def test_any_truncation_of_the_metrics_is_read_and_rendered(tmp_path: Path, cut:
     complete = whole[:kept].count(b"\n")
     assert len(read.rows) in (complete, complete + 1)
     assert read.rows == rows[: len(read.rows)]
-    assert "</html>" in render([read], [Shown()], [], None, made=_now())
+    assert "</html>" in render([read], [hints_on(read)], [Shown()], [], None, made=_now())
 
 
 def _now() -> datetime:
@@ -125,7 +125,7 @@ def _now() -> datetime:
 def test_rows_and_options_of_any_kind_are_read_and_rendered(tmp_path: Path, rows: list, config: dict) -> None:
     """What a damaged disk or a hand leaves: numbers of any size, words, nothing."""
     run = make_run(tmp_path, [{"step": number, **row} for number, row in enumerate(rows)], config)
-    assert "</html>" in render([read_run(run)], [Shown()], [], None, made=_now())
+    assert "</html>" in render([read_run(run)], [hints_on(read_run(run))], [Shown()], [], None, made=_now())
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_damaged_file_costs_what_it_holds_alone(tmp_path: Path, name: str, con
     (run / name).write_bytes(content)
     read = read_run(run)
     assert read.kind == (UNKNOWN if name == "config.yaml" else "pretrain")
-    assert "</html>" in render([read], [Shown()], [], None, made=_now())
+    assert "</html>" in render([read], [hints_on(read)], [Shown()], [], None, made=_now())
 
 
 def test_each_command_is_known_by_its_options(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from lomar.commands.tables import aligned
 from lomar.study.grids import Entry, Sizes
 from lomar.study.plan import Plan
-from lomar.study.table import Spread, markdown, rows, spread, values
+from lomar.study.table import Spread, cells, rows, spread, values
 
 PLAN = Plan([Entry("none", ""), Entry("mae", "mae"), Entry("lomar", "lomar")], Sizes(56, 8, 3), 2, (1e-3, 2e-3), (0, 1))
 
@@ -55,12 +56,12 @@ def test_a_run_that_diverged_is_named_and_not_averaged() -> None:
 
 
 def test_the_table_says_what_is_not_known_and_what_was_at_the_edge_of_the_sweep() -> None:
-    lines = markdown(rows(PLAN, FOUND))
+    lines = aligned(cells(rows(PLAN, FOUND)))
     assert len({len(line) for line in lines}) == 1
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[3][:8] == ["mae", "0.001 *", "2", "2", "42.0 (2.8)", "42.0 (2.8)", "42.0 (2.8)", "3, 2"]
-    assert cells[2][4] == "30.0" and cells[4][4:8] == ["-", "-", "-", "-"]
-    assert cells[3][8:] == ["11.0", "60", "2.00", "2"]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert table[3][:8] == ["mae", "0.001 *", "2", "2", "42.0 (2.8)", "42.0 (2.8)", "42.0 (2.8)", "3, 2"]
+    assert table[2][4] == "30.0" and table[4][4:8] == ["-", "-", "-", "-"]
+    assert table[3][8:] == ["11.0", "60", "2.00", "2"]
 
 
 def test_the_same_stands_in_the_json() -> None:

@@ -16,9 +16,10 @@ from lomar.benchmark.machine import hardware, versions
 from lomar.benchmark.products import product_flops
 from lomar.benchmark.rounds import Row, base_of, measure_rounds, ratio
 from lomar.commands.benchmark_settling import MACHINE, Plan, plan
+from lomar.commands.tables import aligned, versions_and_date
 from lomar.errors import UserError
 from lomar.figures.benchmark import against_image_size, against_window_size
-from lomar.files import write_atomically
+from lomar.files import write_text
 from lomar.options import BenchmarkOptions, command_line
 
 Values = dict[str, Any]
@@ -155,7 +156,7 @@ def _least(row: Row, rows: list[Row], name: str) -> Row:
 
 def page(found: Values) -> str:
     """The report in Markdown: table, what a reader should know, hardware, versions and command."""
-    machine, packages = found["hardware"], found["versions"]
+    machine = found["hardware"]
     shown = [row for row in found["rows"] if row["group"] != MACHINE or found["measure"] == "products"]
     lines = [*table(_columns(found["measure"], shown), shown), ""]
     rates = [row for row in found["rows"] if row["group"] == MACHINE and "flops_per_s" in row]
@@ -168,8 +169,7 @@ def page(found: Values) -> str:
     lines += [
         f"Medians of {_counted(done, 'round')} of {_counted(steps, 'step')}, in brackets the range. "
         f"{found['precision']}, {machine.get('gpu', machine['processor'])}, {_counted(machine['threads'], 'thread')}, "
-        + ", ".join(f"{name} {packages[name]}" for name in ("torch", "timm", "python") if name in packages)
-        + f", lomar {found['lomar']}, {found['date']}.",
+        + versions_and_date(found["versions"], found["lomar"], found["date"]),
         "",
         f"    {found['command']}",
     ]
@@ -187,12 +187,7 @@ def table(columns: Mapping[str, Callable[[Values], str]], rows: list[Values]) ->
         columns: title -> text of a row's cell.
         rows: from `summaries`.
     """
-    cells = [list(columns), *([text(row) for text in columns.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    return aligned([list(columns), *([text(row) for text in columns.values()] for row in rows)])
 
 
 def _columns(measure: str, rows: list[Values]) -> dict[str, Callable[[Values], str]]:
@@ -287,7 +282,7 @@ def _write(found: Values, out: Path) -> None:
     """The JSON and the table, replaced whole."""
     texts = {".json": json.dumps(found, indent=1) + "\n", ".md": page(found)}
     for ending, text in texts.items():
-        write_atomically(out / f"{found['measure']}{ending}", lambda path, text=text: path.write_text(text))  # type: ignore[misc]
+        write_text(out / f"{found['measure']}{ending}", text)
 
 
 def _note(text: str) -> None:

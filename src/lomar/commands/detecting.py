@@ -24,7 +24,7 @@ from lomar.detection.regions import Detected
 from lomar.detection.results import Found, Result, coco_results, mask_to_rle, rle_of
 from lomar.errors import BadImageError
 from lomar.figures.detections import Objects, detections_sheet
-from lomar.files import write_atomically
+from lomar.files import write_atomically, write_text
 from lomar.interop.detectors import load_detector
 
 CATEGORIES_FILE = "categories.csv"
@@ -177,7 +177,7 @@ def write_judgement(folder: Path, judgement: Judgement, about: dict[str, Any]) -
     numbers = {name: round(value, 6) for name, value in rows_of(judgement).items()}
     text = json.dumps({**about, "images": judgement.images, "found": judgement.found, **numbers}, indent=1)
     written = [folder / EVALUATION_FILE, folder / CATEGORIES_FILE]
-    write_atomically(written[0], lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    write_text(written[0], text + "\n")
     write_categories(written[1], judgement)
     return written
 

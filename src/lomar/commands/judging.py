@@ -19,7 +19,7 @@ from lomar.data.sources import ImageSource
 from lomar.downstream.classify import TOP, Judgement, judge, probabilities
 from lomar.errors import UserError
 from lomar.figures.confusion import confusion_matrix
-from lomar.files import write_atomically
+from lomar.files import write_text
 from lomar.interop.models import Input, check_size, input_of, size_given
 from lomar.interop.weights import load
 from lomar.model import Encoder
@@ -158,7 +158,7 @@ def write_judgement(
         caption = f"{len(found.labels)} images, top-1 {found.top1:.1%}. Cells in % of the true class."
         confusion_matrix(found.confusion(), classes, caption, written[1])
     # Last, since a fine-tuning that is resumed takes it as a sign that all is there.
-    write_atomically(written[0], lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    write_text(written[0], text + "\n")
     return written
 
 

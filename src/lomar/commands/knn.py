@@ -28,7 +28,7 @@ from lomar.data.labels import SPLIT_SEED, LabelledData, labelled_data
 from lomar.downstream.features import Wanted, layer_count
 from lomar.downstream.knn import neighbour_accuracy
 from lomar.errors import UserError
-from lomar.files import write_atomically
+from lomar.files import write_text
 from lomar.options import KnnOptions
 
 
@@ -99,7 +99,7 @@ def command(given: Mapping[str, Any]) -> int:
         }
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
         try:
-            write_atomically(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            write_text(out, text)
         except OSError as error:
             raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     return 0

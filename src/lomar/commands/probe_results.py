@@ -15,7 +15,7 @@ from lomar.commands.probe_cache import Cached
 from lomar.commands.probe_learning import MaeProbe, Scores, SweepProbe, best_head
 from lomar.commands.probe_settling import SettledProbe
 from lomar.downstream.probe import HeadInput
-from lomar.files import write_atomically
+from lomar.files import write_text
 from lomar.interop.weights import save_file
 
 RESULT_FILE, HEAD_FILE = "probe.json", "probe.safetensors"
@@ -156,7 +156,7 @@ def _write(folder: Path, settled: SettledProbe, found: Mapping[str, Any]) -> Non
         **found,
     }
     text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(folder / RESULT_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(folder / RESULT_FILE, text)
 
 
 def _numbers(scores: Scores, head: tuple[int, ...]) -> dict[str, float | None]:

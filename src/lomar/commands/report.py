@@ -10,7 +10,7 @@ from typing import Any
 from lomar.commands.report_pictures import kept_pictures
 from lomar.errors import UserError
 from lomar.figures.charts import Chart, charts_of, distance_chart
-from lomar.files import write_atomically
+from lomar.files import write_text
 from lomar.options import ReportOptions, converted
 from lomar.reporting.hints import hints_on
 from lomar.reporting.page import QUIET, Picture, labels, render
@@ -46,11 +46,11 @@ def _report(given: Mapping[str, Any]) -> Path:
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out is {out}; it must end in .html")
     names = labels(records)
-    for name, record in zip(names, records, strict=True):
-        hints = hints_on(record)
-        for hint in hints:
+    hints = [hints_on(record) for record in records]
+    for name, found in zip(names, hints, strict=True):
+        for hint in found:
             _say(f"{name}: {hint.severity}: {hint.text}")
-        if not hints:
+        if not found:
             _say(f"{name}: {QUIET}")
     shown = [kept_pictures(record) for record in records]
     if not options.no_model:
@@ -62,9 +62,9 @@ def _report(given: Mapping[str, Any]) -> Path:
     distances = {name: each.distances for name, each in zip(names, shown, strict=True) if each.distances}
     distance = _picture(distance_chart(distances)) if distances else None
     foreseen, more = ([_picture(chart) for chart in charts if chart.foreseen is kind] for kind in (True, False))
-    page = render(records, shown, foreseen, distance, datetime.now(), more)
+    page = render(records, hints, shown, foreseen, distance, datetime.now(), more)
     try:
-        write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8", errors="replace"))
+        write_text(out, page, errors="replace")
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     _say(f"{out}: {len(page.encode(errors='replace')) / 1e6:.1f} MB; open it in a browser")

@@ -19,7 +19,7 @@ from lomar.commands.automatic import Choice, Hardware, find_hardware, micro_batc
 from lomar.data.opening import is_there
 from lomar.data.survey import Survey
 from lomar.errors import UserError
-from lomar.files import LOCK_FILE, only_writer, write_atomically
+from lomar.files import LOCK_FILE, only_writer, write_text
 from lomar.launch import launched
 from lomar.methods.cost import TRAINED_BYTES
 from lomar.model.attention import as_fused
@@ -284,7 +284,7 @@ def _write_config(run: Path, options: Any) -> None:
         k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items() if k not in _ABOUT_THIS_CALL
     }
     text = yaml.safe_dump(values, sort_keys=False)
-    write_atomically(run / CONFIG_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(run / CONFIG_FILE, text)
 
 
 def fitting_micro_batch(

@@ -15,15 +15,16 @@ from typing import Any
 from lomar import __version__
 from lomar.benchmark.machine import hardware, versions
 from lomar.commands.study_settling import SettledStudy, keep_settings, settle
+from lomar.commands.tables import aligned, versions_and_date
 from lomar.errors import UserError
 from lomar.figures.study import Point, bars, lines
-from lomar.files import LOCK_FILE, write_atomically
+from lomar.files import LOCK_FILE, write_text
 from lomar.options import StudyOptions, command_line
 from lomar.study.cells import NEIGHBOURS, needs_tokenizer, result_of, steps
 from lomar.study.plan import Results
 from lomar.study.queue import TOKENIZER_FOLDER, Children, Queue, in_turn
 from lomar.study.splits import draw_lists, keep_lists
-from lomar.study.table import JUDGED, Row, markdown, rows, values
+from lomar.study.table import JUDGED, Row, cells, rows, values
 
 
 def command(given: Mapping[str, Any]) -> int:
@@ -118,7 +119,7 @@ def write_table(settled: SettledStudy, found: Results, about: Mapping[str, Any])
     asked = {entry.name for entry in settled.plan.entries}
     # Rows of an earlier call stay in the table.
     table = [row for row in rows(settled.whole, found) if row.entry.name in asked or row.seeds]
-    cells = dict.fromkeys(job.cell for job in settled.whole.jobs(found))
+    names = dict.fromkeys(job.cell.name for job in settled.whole.jobs(found))
     place = hardware(settled.hardware.device)
     report = {
         "lomar": __version__,
@@ -129,13 +130,13 @@ def write_table(settled: SettledStudy, found: Results, about: Mapping[str, Any])
         "versions": versions(),
         "tokenizer": result_of(settled.setup.out / TOKENIZER_FOLDER),
         "rows": [values(row) for row in table],
-        "cells": {cell.name: found[cell.name] for cell in cells if cell.name in found},
+        "cells": {name: found[name] for name in names if name in found},
     }
     text = page(settled, table, report)
     out = settled.setup.out
     content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(out / f"{settled.name}.json", lambda path: path.write_text(content, encoding="utf-8"))
-    write_atomically(out / f"{settled.name}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / f"{settled.name}.json", content)
+    write_text(out / f"{settled.name}.md", text)
     draw(settled, table, out / f"{settled.name}.png")
     return text
 
@@ -143,7 +144,7 @@ def write_table(settled: SettledStudy, found: Results, about: Mapping[str, Any])
 def page(settled: SettledStudy, table: Sequence[Row], report: Mapping[str, Any]) -> str:
     """The study in Markdown: table, what a reader should know, hardware, versions and command."""
     options, plan = settled.options, settled.plan
-    place, packages = report["hardware"], report["versions"]
+    place = report["hardware"]
     learnt = f"{options.bank} images of each class" if options.bank else "all of them"
     tuned = f"{options.labels} of each class" if options.labels else "all of them"
     drawn = " (a fifth, drawn from all)" if report["val_drawn_from_train"] else ""
@@ -176,11 +177,9 @@ def page(settled: SettledStudy, table: Sequence[Row], report: Mapping[str, Any])
     machine = f"{len(hosts)} machines, one of them {place.get('gpu', place['processor'])}"
     notes.append(
         f"{machine if len(hosts) > 1 else place.get('gpu', place['processor'])}, {_at_a_time(settled)}, "
-        f"{options.precision}, "
-        + ", ".join(f"{name} {packages[name]}" for name in ("torch", "timm", "python") if name in packages)
-        + f", lomar {report['lomar']}, {report['date']}."
+        f"{options.precision}, " + versions_and_date(report["versions"], report["lomar"], report["date"])
     )
-    return "\n".join([*markdown(table), "", *(f"{note}\n" for note in notes), f"    {report['command']}"]) + "\n"
+    return "\n".join([*aligned(cells(table)), "", *(f"{note}\n" for note in notes), f"    {report['command']}"]) + "\n"
 
 
 def _of_tokens(row: Row) -> bool:

@@ -11,7 +11,7 @@ import yaml
 from lomar.commands.automatic import SHORT_RUN_LR, Hardware, decoder_for, find_hardware, loading_workers
 from lomar.commands.settling import check_fit
 from lomar.errors import UserError
-from lomar.files import write_atomically
+from lomar.files import write_text
 from lomar.interop.tokenizers import load_tokenizer
 from lomar.methods.recipes import IMAGENET, RECIPES, mask_layer_for
 from lomar.model.encoder import SIZES, size_of
@@ -173,7 +173,7 @@ def keep_settings(settled: SettledStudy) -> None:
         return
     values = {name: _plain(getattr(settled.options, name)) for name in _settled_options()}
     text = yaml.safe_dump(values, sort_keys=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def _settled_options() -> list[str]:

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from lomar.detection.results import ImageId, Result, Rle, rle_of
 from lomar.errors import UserError
-from lomar.files import write_atomically
+from lomar.files import write_text
 
 KINDS = {"bbox": "box", "segm": "mask"}  # COCO's name -> ours
 _IOU_50, _IOU_75 = 0, 5  # places of the thresholds 0.50, 0.55, ... 0.95
@@ -303,7 +303,7 @@ def write_categories(path: Path, judgement: Judgement) -> None:
         for name, count, *aps in rows:
             table.writerow([name, count, *(None if ap is None else round(ap, 6) for ap in aps)])
         text = file.getvalue()
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def _markdown(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

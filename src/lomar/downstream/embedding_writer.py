@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lomar.downstream.embedding import METADATA, STATE_FILE, partial_of, read_embedding, state_of, text_of
 from lomar.errors import UserError
-from lomar.files import write_atomically
+from lomar.files import write_text
 
 ENDINGS = (".safetensors", ".npz")
 KEEP_EVERY_S = 5.0  # at most so many seconds of work are lost when the process is killed
@@ -261,7 +261,7 @@ class EmbeddingWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         state = json.dumps({"rows": self.rows, "fixed": self.plan.fixed()})
-        write_atomically(self._folder / STATE_FILE, lambda temporary: temporary.write_text(state, encoding="utf-8"))
+        write_text(self._folder / STATE_FILE, state)
         self._kept = time.monotonic()
 
     def good(self) -> NDArray[np.bool_]:

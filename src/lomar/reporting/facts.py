@@ -155,8 +155,8 @@ def options(run: RunRecord) -> list[Option]:
 
 def differences(runs: Sequence[RunRecord]) -> list[Difference]:
     """The options that are not the same in all runs, those that change results first."""
-    names = dict.fromkeys(option.name for run in runs for option in options(run))
     tables = [{option.name: option for option in options(run)} for run in runs]
+    names = dict.fromkeys(name for table in tables for name in table)
     found = []
     for name in names:
         values = [table[name].value if name in table else NOTHING for table in tables]

@@ -20,7 +20,7 @@ from lomar.reporting.facts import (
     state,
     summary,
 )
-from lomar.reporting.hints import Hint, hints_on
+from lomar.reporting.hints import Hint
 from lomar.reporting.reading import RunRecord
 
 TEMPLATE = "page.html.j2"
@@ -113,6 +113,7 @@ def _alike(paths: Sequence[tuple[str, ...]]) -> int:
 
 def render(
     records: Sequence[RunRecord],
+    hints: Sequence[Sequence[Hint]],
     shown: Sequence[Shown],
     charts: Sequence[Picture],
     distance: Picture | None,
@@ -123,13 +124,14 @@ def render(
 
     Args:
         records: one run or two.
+        hints: on each.
         shown: what was drawn of each.
         charts: curves, of all runs together.
         distance: attention distance, likewise.
         made: when.
         more: curves that not every reader looks for, folded away.
     """
-    runs = [_told(*each) for each in zip(labels(records), records, shown, strict=True)]
+    runs = [_told(*each) for each in zip(labels(records), records, hints, shown, strict=True)]
     sections = _sections(runs, bool(charts or more), distance is not None)
     return _template().render(
         runs=runs,
@@ -153,7 +155,7 @@ def _template() -> Template:
     return environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
 
 
-def _told(label: str, record: RunRecord, shown: Shown) -> _Told:
+def _told(label: str, record: RunRecord, hints: Sequence[Hint], shown: Shown) -> _Told:
     rows, count = class_rows(record.results)
     versions = [("lomar", record.lomar)] if record.lomar else []
     versions += [(name, version) for name, version in record.versions if name != "lomar"]
@@ -165,7 +167,7 @@ def _told(label: str, record: RunRecord, shown: Shown) -> _Told:
         state=state(record),
         summary=summary(record),
         results=key_results(record),
-        hints=hints_on(record),
+        hints=hints,
         options=options(record),
         classes=rows,
         class_count=count,

@@ -11,10 +11,11 @@ from lomar.interop.tokenizers import load_tokenizer
 from lomar.interop.weights import load_reconstructor
 from lomar.methods.cost import STEP, forward_flops, tokenizer_flops
 from lomar.methods.recipes import RECIPES
+from lomar.options import flag
 from lomar.study.plan import Cell, Job
 from lomar.study.splits import FOLDER, JUDGE, PRETRAIN, TUNE, WATCH
 from lomar.training.loop import AGAIN_NOT_FINITE, HALVED
-from lomar.training.records import LOG_FILE
+from lomar.training.records import LOG_FILE, Metrics
 
 CELLS, RESULT, TOKENIZER = "cells", "cell.json", "tokenizer.safetensors"
 LOSSES = 50  # last steps whose mean loss is told
@@ -108,7 +109,7 @@ def _words(options: Mapping[str, Any]) -> list[str]:
     words = []
     for name, value in options.items():
         values = value if isinstance(value, list | tuple) else [value]
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [_text(each) for each in values])
+        words += [flag(name)] + ([] if value is True else [_text(each) for each in values])
     return words
 
 
@@ -193,13 +194,9 @@ def _tuning(cell: Cell, setup: Setup, folder: Path) -> Step:
     return Step("finetuned", ["finetune", *_words(options)], lambda: _tuned(classifier))
 
 
-def _rows(path: Path) -> list[Found]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def _pretrained(run: Path) -> Found:
     """Time is that of all steps, without evaluations, checkpoints and pauses."""
-    rows = [row for row in _rows(run / "metrics.jsonl") if "images_per_s" in row]
+    rows = [row for row in Metrics.read(run / "metrics.jsonl") if "images_per_s" in row]
     _, c = load_reconstructor(run)
     images = len(rows) * c.batch_size
     seconds = [c.batch_size / row["images_per_s"] for row in rows]
@@ -240,5 +237,5 @@ def _asked(answer: Path) -> Found:
 
 
 def _tuned(classifier: Path) -> Found:
-    last = _rows(classifier / "metrics.jsonl")[-1]
+    last = Metrics.read(classifier / "metrics.jsonl")[-1]
     return {"top1": last["top1"], "epoch": last["epoch"]}

@@ -5,7 +5,6 @@ Each cell is claimed by a lock on its folder, so that an array of SLURM jobs wit
 
 import contextlib
 import json
-import os
 import shlex
 import signal
 import socket
@@ -14,12 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lomar.errors import UserError
-from lomar.files import LOCK_FILE, only_writer, write_atomically
+from lomar.files import LOCK_FILE, only_writer, write_text
+from lomar.launch import alone
 from lomar.study.cells import (
     CELLS,
     RESULT,
@@ -39,17 +39,6 @@ ASK_AGAIN_S = 5.0  # what others have finished is looked for
 # words of a command, its log, what its environment has beside this process's -> exit status
 Run = Callable[[Sequence[str], Path, Mapping[str, str]], int]
 
-# How torchrun and SLURM tell processes that they work together; a cell's commands work alone.
-_TOGETHER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "SLURM_PROCID",
-    "SLURM_STEP_NUM_TASKS",
-)
-
 
 class Children:
     """Commands of lomar as processes of their own, which a wish to stop reaches."""
@@ -64,7 +53,6 @@ class Children:
 
         In a session of its own: Ctrl-C reaches this process alone, which then asks its children to save and end.
         """
-        environment = {name: value for name, value in os.environ.items() if name not in _TOGETHER}
         with log.open("ab") as out:
             out.write(f"$ lomar {shlex.join(words)}\n".encode(errors="surrogateescape"))
             out.flush()
@@ -76,7 +64,7 @@ class Children:
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=out,
-                    env=environment | dict(place),
+                    env=alone() | dict(place),
                     start_new_session=True,
                 )
                 self._running.add(child)
@@ -135,7 +123,7 @@ class Queue:
             for job in self.plan.jobs(found)
             if job.cell.name not in self.failed
             and not diverged(found.get(job.cell.name, {}))
-            and any(step.name not in found.get(job.cell.name, {}) for step in steps(job, self.setup))
+            and self._next(job, found.get(job.cell.name, {}))
         ]
 
     def work(self, places: Sequence[Mapping[str, str]]) -> None:
@@ -208,24 +196,21 @@ class Queue:
         """Do all that is left of a job."""
         result = result_of(folder)
         name = job.cell.name
-        for number, step in enumerate(steps(job, self.setup)):
-            if step.name in result:
-                continue
-            if self.stopping.is_set():
-                return True
-            step = steps(job, self.setup)[number]  # the words of later commands depend on what earlier ones found
-            if diverged(result):
-                return True
+        # Asked anew each time: the words of later commands depend on what earlier ones found.
+        while not diverged(result) and (step := self._next(job, result)) and not self.stopping.is_set():
             self.say(f"{name}: {step.name} begins")
             began = time.monotonic()
             found = self._step(step, folder, place)
             if found is None:
-                return True
-            result = {**result, step.name: found, "cell": _described(job)}
+                break
+            result = {**result, step.name: found, "cell": asdict(job.cell) | {"changes": dict(job.cell.changes)}}
             _write(folder / RESULT, result)
             self.say(f"{name}: {step.name} done in {_clock(time.monotonic() - began)}{_shown(found)}")
             self.done()
         return True
+
+    def _next(self, job: Job, result: Found) -> Step | None:
+        return next((step for step in steps(job, self.setup) if step.name not in result), None)
 
     def _step(self, step: Step, folder: Path, place: Mapping[str, str]) -> Found | None:
         """What a command left; None where it failed or was stopped."""
@@ -306,20 +291,9 @@ def _where() -> Found:
     return {"host": socket.gethostname()}
 
 
-def _described(job: Job) -> dict[str, Any]:
-    cell = job.cell
-    return {
-        "method": cell.method,
-        "changes": dict(cell.changes),
-        "epochs": cell.epochs,
-        "base_lr": cell.base_lr,
-        "seed": cell.seed,
-    }
-
-
 def _write(path: Path, result: Mapping[str, Any]) -> None:
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def _shown(found: Found) -> str:

@@ -90,16 +90,11 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def markdown(found: Sequence[Row]) -> list[str]:
-    """The lines of the table, columns aligned."""
+def cells(found: Sequence[Row]) -> list[list[str]]:
+    """The table's titles, then the text of each row."""
     course, cost = ("rate", "epochs", "seeds"), ("minutes", "images/s", "peak, GB", "MFLOP an image")
     titles = ["", *course, *JUDGED.values(), "features of layer", *cost]
-    cells = [titles, *(_cells(row) for row in found)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    return [titles, *(_cells(row) for row in found)]
 
 
 def _cells(row: Row) -> list[str]:

@@ -61,7 +61,7 @@ def gpu_share(device: torch.device) -> float | None:
     """The share of a GPU's memory that this process's tensors have taken at most; None on a CPU."""
     if device.type != "cuda":
         return None
-    return torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
+    return peak_bytes(device) / torch.cuda.get_device_properties(device).total_memory
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
