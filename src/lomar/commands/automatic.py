@@ -141,7 +141,7 @@ def choose(
     if given.get("architecture") == "encoder-decoder":
         for name, value, reason in decoder_for(size_of(model)[0]):
             settle(name, value, reason)
-    else:
+    elif "architecture" in given:
         choices |= {name: Choice(value, "") for name, value, _ in decoder_for(768) if name not in given}
     image_size, patch_size = image_and_patch(given, short_side_px, gpu)
     settle("image_size", *image_size)

@@ -54,7 +54,16 @@ def course_of(
         evaluation_steps=max(1, round(every)),
         evaluation_forced=options.eval_every is not None,
         max_bad_share=options.max_bad_share,
+        clip_each=isinstance(options, PretrainOptions) and options.clip_by == "tensor",
+        weight_decay=weight_decay_schedule(options, total) if isinstance(options, PretrainOptions) else None,
     )
+
+
+def weight_decay_schedule(options: PretrainOptions, total_steps: int) -> Schedule | None:
+    """The weight decay of each step, along half a cosine; None where it stays."""
+    if options.weight_decay_end is None:
+        return None
+    return Schedule(options.weight_decay, 0, total_steps, options.weight_decay_end)
 
 
 def carry_out(

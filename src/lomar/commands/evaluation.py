@@ -20,6 +20,7 @@ from lomar.figures.curves import learning_curves
 from lomar.figures.png import save_png
 from lomar.figures.reconstruction import figure7
 from lomar.methods.reconstruction import MaskedReconstruction
+from lomar.methods.two_view import TwoView
 from lomar.model.encoder import crop_pct
 from lomar.options import PretrainOptions
 from lomar.training.processes import gathered
@@ -75,7 +76,7 @@ class Evaluation:
     def __init__(
         self,
         fabric: Fabric,
-        method: MaskedReconstruction,
+        method: MaskedReconstruction | TwoView,
         source: ImageSource,
         labelled: LabelledData | None,
         fmt: PixelFormat,
@@ -123,12 +124,16 @@ class Evaluation:
 
         Each process makes those of its share of the images.
         """
-        encoder = self.method.architecture.encoder
+        encoder = self.method.encoder
         share = source.subset(share_of(len(source), self.fabric.global_rank, self.fabric.world_size))
         if len(share):
             crops = self._crops(name, share)
             (features,), good = frozen_features(
-                encoder, [Wanted("mean")], crops, self.method.normalise, self.fabric.device
+                encoder,
+                [Wanted("cls" if encoder.global_pool == "token" else "mean")],
+                crops,
+                self.method.normalise,
+                self.fabric.device,
             )
         else:
             features, good = torch.zeros(0, encoder.embed_dim), torch.zeros(0, dtype=torch.bool)
@@ -150,6 +155,8 @@ class Evaluation:
         return batches
 
     def _pictures(self, step: int) -> None:
+        if isinstance(self.method, TwoView):
+            return
         pixels, _ = central_crops(self.pictured, self.fmt, self.options.image_size)
         if not len(pixels):
             return  # the few that are drawn can all be bad

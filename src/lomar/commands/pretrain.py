@@ -13,11 +13,14 @@ from lomar.commands.runs import CONFIG_FILE, begun, goes_on, holds_run, raise_un
 from lomar.commands.settling import TOKENIZER_FILE, Settled, asked_for_pretraining, settle, settle_again
 from lomar.data.labels import LabelledData
 from lomar.data.loader import CropPlan, MicroBatch, pretraining_batches
+from lomar.data.multicrop import MultiCropPlan, multicrop_batches
 from lomar.errors import UserError
 from lomar.interop.initial import initialise
 from lomar.interop.tokenizers import save_tokenizer
 from lomar.interop.weights import ENCODER_FILE, RECONSTRUCTOR_FILE, save_encoder, save_reconstructor
+from lomar.methods.composition import Composition
 from lomar.methods.reconstruction import MaskedReconstruction
+from lomar.methods.two_view import TwoView
 from lomar.options import PretrainOptions, converted
 from lomar.training.checkpoint import FOLDER, Checkpoints
 from lomar.training.loop import Trainer
@@ -95,7 +98,7 @@ def _train(
     fabric: Fabric,
     run: Path,
     settled: Settled,
-    method: MaskedReconstruction,
+    method: MaskedReconstruction | TwoView,
     labelled: LabelledData | None,
     display: Display,
     stop: StopRequest,
@@ -104,33 +107,39 @@ def _train(
     micro_batch = fabric.broadcast(options.micro_batch)  # alike in all processes, whatever memory each has found
     count = len(settled.source)
     course = course_of(options, count, settled.source.fingerprint(), cosine_schedule(options, count), EVALUATIONS)
+    paced = method if isinstance(method, TwoView) else None
+    if paced:
+        paced.set_course(course.total_steps, count / options.batch_size)
+        paced.at_once = micro_batch
 
     def batches(first_step: int) -> Generator[MicroBatch, None, None]:
+        source, fmt, draw = settled.source, settled.fmt, method.draw(options.seed)
+        stream: dict[str, Any] = {
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "micro_batch": options.batch_size if paced and paced.whole_share else micro_batch,
+            "first_batch": first_step,
+            "total_batches": course.total_steps,
+            "workers": options.workers,
+            "rank": fabric.global_rank,
+            "world_size": fabric.world_size,
+            "pin_memory": fabric.device.type == "cuda",
+            "shuffle_gb": options.shuffle_gb,
+        }
+        if isinstance(method, TwoView):
+            return multicrop_batches(source, fmt, draw, plan=crops_of(options), **stream)
+        plan = CropPlan(options.image_size, options.crop_scale, options.color_jitter, settled.tokenised_px)
         return pretraining_batches(
-            settled.source,
-            settled.fmt,
-            method.draw(options.seed),
-            plan=CropPlan(options.image_size, options.crop_scale, options.color_jitter, settled.tokenised_px),
-            patch_size_px=options.patch_size,
-            view_size=method.views.size,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            micro_batch=micro_batch,
-            first_batch=first_step,
-            total_batches=course.total_steps,
-            workers=options.workers,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-            pin_memory=fabric.device.type == "cuda",
-            shuffle_gb=options.shuffle_gb,
+            source, fmt, draw, plan=plan, patch_size_px=options.patch_size, view_size=method.views.size, **stream
         )
 
     def export() -> None:
-        save_encoder(run / ENCODER_FILE, method.architecture.encoder, composition)
-        save_reconstructor(run / RECONSTRUCTOR_FILE, method, composition)
+        save_encoder(run / ENCODER_FILE, method.encoder, composition)
+        if isinstance(method, MaskedReconstruction) and isinstance(composition, Composition):
+            save_reconstructor(run / RECONSTRUCTOR_FILE, method, composition)
 
     spared = ("cls_token",) if options.transformer == "beit" else ()  # as BEiT does, and MAE and LoMaR do not
-    optimizer = adamw(method, options.weight_decay, options.betas, spared)
+    optimizer = adamw(method, options.weight_decay, options.betas, spared, all_of_it=options.decayed == "all")
     evaluation = Evaluation(fabric, method, settled.source, labelled, settled.fmt, options, run)
     trainer = Trainer(
         fabric,
@@ -143,8 +152,23 @@ def _train(
         export,
         evaluation,
         compiled=options.compile == "yes",
+        paced=paced,
     )
     return carry_out(trainer, "pretrain", stop, conclude=lambda: display.say(_how_to_load(run)))
+
+
+def crops_of(options: PretrainOptions) -> MultiCropPlan:
+    """How images are cropped, of a method that compares views."""
+    small = {
+        name: value
+        for name, value in (
+            ("local_crops", options.local_crops),
+            ("local_px", options.local_size),
+            ("local_scale", options.local_scale),
+        )
+        if value is not None
+    }
+    return MultiCropPlan(options.image_size, options.crop_scale, **small)  # type: ignore[arg-type]
 
 
 def _keep_tokenizer(run: Path, settled: Settled) -> None:

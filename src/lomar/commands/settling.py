@@ -24,6 +24,7 @@ from lomar.commands.runs import (
     notes_on,
     stored,
 )
+from lomar.commands.two_view_settling import check_views, fitted_views, kept_by_views
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import SampleKey
 from lomar.data.opening import open_source
@@ -32,12 +33,14 @@ from lomar.data.survey import channel_statistics, survey
 from lomar.errors import UserError, is_out_of_memory
 from lomar.interop.initial import initial_options
 from lomar.interop.tokenizers import load_tokenizer
-from lomar.methods.composition import Composition
+from lomar.methods.composition import Composition, TwoViewComposition
 from lomar.methods.cost import TRAINED_BYTES
 from lomar.methods.recipes import (
     DEPTH,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    OF_MASKS,
+    OF_VIEWS,
     RECIPES,
     VIEWS_OF_WINDOW,
     Recipe,
@@ -47,6 +50,7 @@ from lomar.methods.recipes import (
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.methods.targets import TARGETS, VisualTokens
 from lomar.methods.tokenizer import STRIDE, DiscreteVAE
+from lomar.methods.two_view import TwoView
 from lomar.model.encoder import SIZES, size_of
 from lomar.options import PretrainOptions, fields_of, flag, read_config, suggestion
 from lomar.options.pretraining import MOST_DEPTH, MOST_WIDTH
@@ -80,15 +84,15 @@ class Settled:
         return pixel_format(self.options)
 
     @property
-    def composition(self) -> Composition:
+    def composition(self) -> Composition | TwoViewComposition:
         """What rebuilds the method."""
         vocab = self.tokenizer.vocab if self.tokenizer else 0
         return compose(asdict(self.options), vocab, self.fmt.scale)
 
-    def build(self) -> MaskedReconstruction:
+    def build(self) -> MaskedReconstruction | TwoView:
         """The method with fresh weights, and its tokenizer."""
         method = self.composition.build()
-        if isinstance(method.target, VisualTokens) and self.tokenizer:
+        if isinstance(method, MaskedReconstruction) and isinstance(method.target, VisualTokens) and self.tokenizer:
             method.target.attach(self.tokenizer)
         method.set_grad_checkpointing(self.options.grad_checkpointing)
         return method
@@ -138,21 +142,24 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
         raise UserError("--data is missing: a folder of images, a .txt file of paths, or 'sample'")
     check_new(run, asked)
     check_kind(run, PretrainOptions)
-    _check_meant(asked, typed)
+    _check_meant(recipe, asked, typed)
     if "model" in asked:
         _size(asked["model"])
     hardware = find_hardware(asked.get("device", "auto"))
     check_compile(asked, hardware)
     tokenizer = _tokenizer(asked)
     initial = initial_options(asked["init"]) if "init" in asked else {}
-    asked = initial | asked
+    asked = {name: value for name, value in (initial | asked).items() if name not in recipe.lacks}
     source = open_source(asked["data"])
     share = asked.get("max_bad_share", fields_of(PretrainOptions)["max_bad_share"].default)
     found = survey(source, max_bad_share=share, channels=asked.get("channels"))
     choices = choose(asked, found.count, found.median_short_side_px, found.format, hardware, recipe.full["base_lr"])
     values = {key: choice.value for key, choice in choices.items()} | asked
-    choices |= {key: Choice(value, "the --init file's") for key, value in initial.items() if asked[key] == value}
-    fitted = _fitted(values, wanted)
+    choices |= {key: Choice(value, "the --init file's") for key, value in initial.items() if asked.get(key) == value}
+    if recipe.objective:
+        fitted = fitted_views(recipe.objective, values, wanted, found.count)
+    else:
+        fitted = _fitted(values, wanted)
     values |= {key: choice.value for key, choice in fitted.items()}
     choices |= fitted
     if found.format.dtype == "float32" and values["pixel_type"] != "float32":
@@ -181,8 +188,16 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
     return settled
 
 
-def _check_meant(asked: Mapping[str, Any], typed: Collection[str]) -> None:
+def _check_meant(recipe: Recipe, asked: Mapping[str, Any], typed: Collection[str]) -> None:
     """Refuse flags for parts that the method does not have."""
+    for name in typed:
+        if name in recipe.lacks:
+            others = ", ".join(
+                each for each in ("lomar", "mae", "beit", "dino", "mocov3") if name not in RECIPES[each].lacks
+            )
+            raise UserError(f"{flag(name)} is for {others}; --method {asked['method']} has no such part")
+    if recipe.objective:
+        return
     lacks = {
         "--architecture encoder-decoder": (
             asked["architecture"] != "encoder-decoder",
@@ -236,8 +251,13 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     options = PretrainOptions(**values)
     if options.model == "auto":
         raise UserError(f"{run / CONFIG_FILE} is not what a run writes: it must settle model")
-    _recipe(options.method)
-    _check_target(options.target)
+    recipe = _recipe(options.method)
+    kind = OF_VIEWS if recipe.objective else OF_MASKS
+    lacking = [name for name in kind - recipe.lacks - {"tokenizer"} if values.get(name) is None]
+    if lacking:
+        raise UserError(f"{run / CONFIG_FILE} is not complete: it lacks {', '.join(sorted(lacking))}")
+    if options.target is not None:
+        _check_target(options.target)
     tokenizer = load_tokenizer(run / TOKENIZER_FILE) if options.target == "tokens" else None
     check_fit(asdict(options), tokenizer)
     check_per_channel(asdict(options), "mean", "std")
@@ -264,6 +284,8 @@ def _check_target(name: str) -> None:
 
 
 def _tokenizer(values: Mapping[str, Any]) -> DiscreteVAE | None:
+    if "target" not in values:
+        return None
     _check_target(values["target"])
     if values["target"] != "tokens":
         if "tokenizer" in values:
@@ -285,9 +307,26 @@ def check_fit(values: Mapping[str, Any], tokenizer: DiscreteVAE | None) -> None:
         raise UserError(f"--image-size {image} is not a multiple of --patch-size {patch}; {nearest} would be")
     if patch**2 * values["channels"] < 2:
         raise UserError("--patch-size 1 with 1 channel leaves one number a patch, which cannot be normalised; take 2")
-    grid = image // patch
+    width, _, _ = _size(values["model"])
+    decodes = values.get("architecture") == "encoder-decoder"
+    if values["position"] == "sincos":
+        for name, of in [("model", width)] + [("decoder_width", values.get("decoder_width"))] * decodes:
+            if of % 4:
+                raise UserError(f"--position sincos needs widths that 4 divides; {flag(name)} is {values[name]}")
+    low, high = values["crop_scale"]
+    if low > high:
+        raise UserError(f"--crop-scale is {low} {high}; the smaller share comes first")
+    check_processes(values["batch_size"], values.get("strategy", "ddp"))
+    objective = RECIPES[values["method"]].objective
+    if objective:
+        check_views(objective, values)
+    else:
+        _check_masks(values, image // patch, tokenizer)
+
+
+def _check_masks(values: Mapping[str, Any], grid: int, tokenizer: DiscreteVAE | None) -> None:
     _check_views(values, grid)
-    width, depth, _ = _size(values["model"])
+    _, depth, _ = _size(values["model"])
     if values["mask_layer"] >= depth:
         raise UserError(
             f"--mask-layer is {values['mask_layer']}; --model {values['model']} has blocks 0 to {depth - 1}"
@@ -304,16 +343,8 @@ def check_fit(values: Mapping[str, Any], tokenizer: DiscreteVAE | None) -> None:
         raise UserError(
             f"--decoder-width {values['decoder_width']} is not a multiple of --decoder-heads {values['decoder_heads']}"
         )
-    if values["position"] == "sincos":
-        for name, of in [("model", width)] + [("decoder_width", values["decoder_width"])] * decodes:
-            if of % 4:
-                raise UserError(f"--position sincos needs widths that 4 divides; {flag(name)} is {values[name]}")
     if tokenizer:
         _check_tokenizer(tokenizer, values["channels"], values["pixel_type"])
-    low, high = values["crop_scale"]
-    if low > high:
-        raise UserError(f"--crop-scale is {low} {high}; the smaller share comes first")
-    check_processes(values["batch_size"], values.get("strategy", "ddp"))
 
 
 def _check_tokenizer(tokenizer: DiscreteVAE, channels: int, pixel_type: str) -> None:
@@ -409,18 +440,24 @@ def _epochs(values: Mapping[str, Any], count: int) -> float:
 def _micro_batch(settled: Settled) -> Choice:
     """Measured: what one image keeps for the backward pass, from the difference of two images and one."""
     options, method = settled.options, settled.build()
+
+    def kept(images: int) -> int:
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
+            if isinstance(method, TwoView):
+                return kept_by_views(method, options, images)
+            return _kept_by_windows(method, settled, images)
+
+    weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    a_block = kept_by_a_block(kept, method.set_grad_checkpointing, len(method.encoder.blocks))
+    again = a_block if options.grad_checkpointing else None
+    return fitting_micro_batch(kept, weights, options.batch_size, settled.hardware, again)
+
+
+def _kept_by_windows(method: MaskedReconstruction, settled: Settled, images: int) -> int:
+    options = settled.options
     sides = [patches * options.patch_size for patches in method.views.size]
     inputs = method.draw(options.seed)(SampleKey(0, 0, 0, 0))
     inputs["pixels"] = torch.zeros((method.views.count, options.channels, *sides), dtype=torch.uint8)
     if settled.tokenised_px:
         inputs["tokenised"] = torch.zeros(options.channels, settled.tokenised_px, settled.tokenised_px)
-
-    def kept(images: int) -> int:
-        batch = {name: t.expand(images, *t.shape) for name, t in inputs.items()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
-            return saved_bytes(partial(method, **batch))
-
-    weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    a_block = kept_by_a_block(kept, method.set_grad_checkpointing, len(method.architecture.encoder.blocks))
-    again = a_block if options.grad_checkpointing else None
-    return fitting_micro_batch(kept, weights, options.batch_size, settled.hardware, again)
+    return saved_bytes(partial(method, **{name: t.expand(images, *t.shape) for name, t in inputs.items()}))

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -260,14 +260,10 @@ def cut_windows(crop: np.ndarray, corners_px: np.ndarray, windows: np.ndarray) -
         window[...] = crop[:, row : row + height, column : column + width]
 
 
-def pretraining_batches(
+def batches_of(
     source: ImageSource,
-    fmt: PixelFormat,
-    draw: Draw,
+    dataset: Callable[[Order, int], Dataset[MicroBatch]],
     *,
-    plan: CropPlan,
-    patch_size_px: int,
-    view_size: tuple[int, int],
     seed: int,
     batch_size: int,
     micro_batch: int,
@@ -283,11 +279,8 @@ def pretraining_batches(
 
     Args:
         source: the images.
-        fmt: what their pixels become.
-        draw: gives the windows and masks of a sample; must be picklable.
-        plan: how images are cropped.
-        patch_size_px: side of a patch.
-        view_size: (rows, columns) of a window in patches.
+        dataset: order of the images and the last slot of this process's share -> what turns lists of `SampleKey` into
+            micro-batches; must be picklable.
         seed: of the run.
         batch_size: samples of a global batch, over all processes.
         micro_batch: most samples of a micro-batch.
@@ -305,10 +298,44 @@ def pretraining_batches(
     """
     share = share_of_batch(batch_size, rank, world_size)
     order = order_of(source, seed, batch_size, shuffle_gb)
-    windows = _CropWindows(source, order, fmt, draw, plan, patch_size_px, view_size, seed, last_slot=share.stop - 1)
     batches = islice(stream(order, batch_size, first_batch), total_batches - first_batch)
     keys = micro_batch_keys(batches, share, micro_batch)
-    return loaded(fetched_ahead(windows, order, share), keys, workers, pin_memory)
+    return loaded(fetched_ahead(dataset(order, share.stop - 1), order, share), keys, workers, pin_memory)
+
+
+def pretraining_batches(
+    source: ImageSource,
+    fmt: PixelFormat,
+    draw: Draw,
+    *,
+    plan: CropPlan,
+    patch_size_px: int,
+    view_size: tuple[int, int],
+    seed: int,
+    **stream: Any,
+) -> Generator[MicroBatch, None, None]:
+    """One process's micro-batches of windows.
+
+    Args:
+        source: the images.
+        fmt: what their pixels become.
+        draw: gives the windows and masks of a sample; must be picklable.
+        plan: how images are cropped.
+        patch_size_px: side of a patch.
+        view_size: (rows, columns) of a window in patches.
+        seed: of the run.
+        stream: which part of the stream, and how it is read; as for `batches_of`.
+
+    Raises:
+        UserError: one bad file after another.
+        ValueError: fewer samples in a batch than processes.
+    """
+    return batches_of(
+        source,
+        lambda order, last: _CropWindows(source, order, fmt, draw, plan, patch_size_px, view_size, seed, last),
+        seed=seed,
+        **stream,
+    )
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lomar.methods.composition import Composition
+from lomar.methods.composition import Composition, EncoderComposition, TwoViewComposition
 from lomar.model.encoder import size_of
 
 OPENAI_VOCAB = 8192
 DEPTH = 12  # blocks of the encoders that recipes are for
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+OBJECTIVES = ("dino", "mocov3")  # of methods that compare views
+_COMMON = {f.name for f in fields(EncoderComposition)}
+OF_MASKS = frozenset(f.name for f in fields(Composition)) - _COMMON - {"vocab"} | {"tokenizer"}
+OF_VIEWS = frozenset(f.name for f in fields(TwoViewComposition)) - _COMMON - {"objective", "crop_scale", "color_jitter"}
+OF_DINO = frozenset(
+    (
+        "local_crops",
+        "local_size",
+        "local_scale",
+        "teacher_temperature",
+        "teacher_temperature_epochs",
+        "freeze_last_layer",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,7 @@ class Recipe:
             such run, the sizes of all of them.
         result: what the paper reports: top-1 accuracy in per cent after fine-tuning at 224 px, if not said otherwise.
         hours: the paper's pretraining time on four A100; None where it does not say.
+        objective: "" for masked reconstruction, else one of `OBJECTIVES`.
     """
 
     paper: str
@@ -32,11 +49,17 @@ class Recipe:
     full: Mapping[str, Any] = field(default_factory=lambda: IMAGENET)
     result: str = ""
     hours: int | None = None
+    objective: str = ""
 
-    def composition(self, name: str) -> Composition:
+    def composition(self, name: str) -> Composition | TwoViewComposition:
         """The method at the paper's size."""
         values = {"method": name, "mean": IMAGENET_MEAN, "std": IMAGENET_STD} | dict(self.options) | dict(self.full)
         return compose(values, OPENAI_VOCAB, scale=255.0)
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """Options of `lomar pretrain` for parts that the method does not have."""
+        return {"": OF_VIEWS, "dino": OF_MASKS, "mocov3": OF_MASKS | OF_DINO}[self.objective]
 
 
 def mask_layer_for(layer: int, depth: int) -> int:
@@ -44,21 +67,25 @@ def mask_layer_for(layer: int, depth: int) -> int:
     return min(depth - 1, round(layer * depth / DEPTH))
 
 
-def compose(values: Mapping[str, Any], vocab: int, scale: float) -> Composition:
+def compose(values: Mapping[str, Any], vocab: int, scale: float) -> Composition | TwoViewComposition:
     """Option values -> the composition they name.
 
     Args:
-        values: options of `lomar pretrain` by name.
+        values: options of `lomar pretrain` by name; those that the method lacks may be None.
         vocab: codebook size of the tokenizer, for methods that have one.
         scale: pixel value that stands for 1.
 
     Raises:
         ValueError: `model` is no size.
     """
+    objective = RECIPES[values["method"]].objective
     width, depth, heads = size_of(values["model"])
-    named = {f.name: values[f.name] for f in fields(Composition) if f.name in values}
-    sizes = {"embed_dim": width, "depth": depth, "num_heads": heads}
-    return Composition(**named | sizes, vocab=vocab if values["target"] == "tokens" else 0, scale=scale)
+    kind = TwoViewComposition if objective else Composition
+    named = {f.name: values[f.name] for f in fields(kind) if values.get(f.name) is not None}
+    named |= {"embed_dim": width, "depth": depth, "num_heads": heads, "scale": scale}
+    if objective:
+        return TwoViewComposition(**named | {"objective": objective})
+    return Composition(**named | {"vocab": vocab if values["target"] == "tokens" else 0})
 
 
 LOMAR: dict[str, Any] = {
@@ -116,8 +143,43 @@ BEIT = (
 # 19 of 49 hidden, as BEiT hides 75 of 196; one bias table of 7 x 7 for all blocks. SPEC C.8.
 BEIT_LOMAR = BEIT | {"window_size": 7, "views": 4, "mask_ratio": 0.39, "mask_min_block": 4}
 
+COMPARED: dict[str, Any] = {
+    "layer_scale": 0.0,
+    "color_jitter": 0.4,
+    "grayscale": 0.2,
+    "blur": (1.0, 0.1, 0.5),
+    "solarize": 0.2,
+    "betas": (0.9, 0.999),
+}
+DINO = COMPARED | {
+    "position": "learned",
+    "drop_path": 0.1,
+    "patch_embed": "learned",
+    "crop_scale": (0.4, 1.0),
+    "local_crops": 8,
+    "local_scale": (0.05, 0.4),
+    "temperature": 0.1,
+    "teacher_temperature": (0.04, 0.04),
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "min_lr": 1e-6,
+    "clip_grad": 3.0,
+    "clip_by": "tensor",
+}
+MOCOV3 = COMPARED | {
+    "position": "sincos",
+    "drop_path": 0.0,
+    "patch_embed": "frozen",
+    "crop_scale": (0.08, 1.0),
+    "temperature": 0.2,
+    "weight_decay": 0.1,
+    "decayed": "all",
+    "min_lr": 0.0,
+    "clip_grad": 0.0,
+}
+
 MAE_DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
-IMAGENET: dict[str, Any] = {
+_SIZES: dict[str, Any] = {
     "model": "base",
     "image_size": 224,
     "patch_size": 16,
@@ -126,8 +188,8 @@ IMAGENET: dict[str, Any] = {
     "statistics": "imagenet",
     "batch_size": 4096,
     "base_lr": 1.5e-4,
-    "clip_grad": 0.0,
-} | MAE_DECODER
+}
+IMAGENET = _SIZES | {"clip_grad": 0.0} | MAE_DECODER
 
 
 def _course(epochs: int, warmup_epochs: float | None = None) -> dict[str, Any]:
@@ -137,6 +199,25 @@ def _course(epochs: int, warmup_epochs: float | None = None) -> dict[str, Any]:
 
 # 1.5e-3 at batch 2048, as one rate for 256 images.
 BEIT_IMAGENET = IMAGENET | {"batch_size": 2048, "base_lr": 1.5e-3 * 256 / 2048, "clip_grad": 3.0}
+# The released ViT-B/16, as its file of arguments has it (SPEC D.1, from memory): other crops, clipping and freezing than
+# the code's defaults, which are the recipe's.
+DINO_IMAGENET = _SIZES | {
+    "batch_size": 1024,
+    "base_lr": 7.5e-4,
+    "min_lr": 2e-6,
+    "crop_scale": (0.25, 1.0),
+    "local_crops": 10,
+    "local_size": 96,
+    "local_scale": (0.05, 0.25),
+    "head_width": 2048,
+    "head_outputs": 65536,
+    "momentum": 0.996,
+    "teacher_temperature": (0.04, 0.07),
+    "teacher_temperature_epochs": 50,
+    "freeze_last_layer": 3,
+    "clip_grad": 0.3,
+}
+MOCOV3_IMAGENET = _SIZES | {"head_width": 4096, "head_outputs": 256, "momentum": 0.99}
 VIEWS_OF_WINDOW = {5: 8, 7: 4, 9: 3, 11: 2, 14: 1}  # Table 4: about equally many visible patches
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -199,6 +280,22 @@ RECIPES: dict[str, Recipe] = {
         BEIT_IMAGENET | _course(800, 10),
         "83.2 (84.6 at 384)",
         285,
+    ),
+    "dino": Recipe(
+        "Table 1",
+        "a student's crops, small ones among them, agree with a teacher's large ones; prototypes, learned position",
+        DINO,
+        DINO_IMAGENET | _course(300, 10),
+        "82.8",
+        objective="dino",
+    ),
+    "mocov3": Recipe(
+        "Table 1",
+        "a crop picks out the other crop of its image among those of the batch; frozen patch embedding",
+        MOCOV3,
+        MOCOV3_IMAGENET | _course(300, 40),
+        "83.2",
+        objective="mocov3",
     ),
     "beit-lomar": Recipe(
         "Table 3",

@@ -11,6 +11,7 @@ from lomar.methods.architectures import Architecture, Stage, View
 from lomar.methods.masks import BlockwiseMask, Share, UniformMask
 from lomar.methods.targets import Scene, Target, patchify, take, unpatchify
 from lomar.methods.views import LocalWindows
+from lomar.model import Encoder
 from lomar.model.positions import grid_coordinates
 from lomar.model.transformer import Transformer
 from lomar.seeding import seeded
@@ -99,6 +100,11 @@ class MaskedReconstruction(nn.Module):
         architecture.encoder.initialisation.linear(self.head)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @property
+    def encoder(self) -> Encoder:
+        """What a run gives away."""
+        return self.architecture.encoder
 
     def with_mask(self, mask: UniformMask | BlockwiseMask) -> "MaskedReconstruction":
         """The same weights under another mask, of which all is predicted."""

@@ -38,7 +38,7 @@ class PretrainOptions:
         results=False,
     )
     overwrite: bool = option("delete the run in --out and start anew", default=False, results=False)
-    # The method
+    # The method; of those that it lacks, options have no value
     method: str = option("a recipe's name; `lomar recipes` lists them", default="lomar", metavar="NAME")
     init: str | None = option(
         "weights to begin with: a run, a file of lomar, or a released LoMaR, MAE or BEiT checkpoint",
@@ -50,67 +50,95 @@ class PretrainOptions:
     )
     image_size: int = option("side of the crop, in pixels", auto=AUTO, low=1, high=MOST_SIDE, metavar="PX")
     patch_size: int = option("side of a patch, in pixels", auto=AUTO, low=1, high=MOST_SIDE, metavar="PX")
-    window_size: int = option(
-        "side of a window, in patches; 0 is the whole image", auto="lomar: 7; mae, beit: 0", low=0, metavar="K"
+    window_size: int | None = option(
+        "side of a window, in patches; 0 is the whole image",
+        default=None,
+        auto="lomar: 7; mae, beit: 0",
+        low=0,
+        metavar="K",
     )
-    views: int = option("windows per image", auto="lomar: 4", low=1, high=MOST_SIDE, metavar="N")
-    window_layout: str = option(
+    views: int | None = option("windows per image", default=None, auto="lomar: 4", low=1, high=MOST_SIDE, metavar="N")
+    window_layout: str | None = option(
         "windows of each image's own, or shared and repeated as in the released code",
+        default=None,
         auto="lomar: independent",
         choices=("independent", "released"),
         metavar="NAME",
     )
-    mask: str = option(
+    mask: str | None = option(
         "which patches are hidden: any, as many as LoMaR or as MAE counts them, or blocks of them as in BEiT",
+        default=None,
         auto="lomar: uniform",
         choices=("uniform", "uniform-kept", "blockwise"),
         metavar="NAME",
     )
-    mask_ratio: float = option(
-        "share of a view's patches that are hidden", auto="lomar: 0.8; mae: 0.75", above=0, below=1, metavar="R"
+    mask_ratio: float | None = option(
+        "share of a view's patches that are hidden",
+        default=None,
+        auto="lomar: 0.8; mae: 0.75",
+        above=0,
+        below=1,
+        metavar="R",
     )
-    mask_min_block: int = option(
-        "smallest block of --mask blockwise, in patches", auto="beit: 16; beit-lomar: 4", low=1, metavar="N"
+    mask_min_block: int | None = option(
+        "smallest block of --mask blockwise, in patches",
+        default=None,
+        auto="beit: 16; beit-lomar: 4",
+        low=1,
+        metavar="N",
     )
-    predict_share: float = option(
+    predict_share: float | None = option(
         "share of the hidden patches that are predicted; the rest is left out, which is faster",
+        default=None,
         auto="lomar, mae: 1; lomar-late: 0.5",
         above=0,
         high=1,
         metavar="S",
     )
-    predict_choice: str = option(
+    predict_choice: str | None = option(
         "which these are: any, or such as lie furthest from each other",
+        default=None,
         auto="lomar, mae: furthest",
         choices=("uniform", "furthest"),
         metavar="NAME",
     )
-    architecture: str = option(
+    architecture: str | None = option(
         "one encoder for all, or an encoder for visible patches and a decoder",
+        default=None,
         auto="lomar, beit: masked-encoder; mae: encoder-decoder",
         choices=("masked-encoder", "encoder-decoder"),
         metavar="NAME",
     )
-    mask_layer: int = option(
-        "block before which the mask tokens enter a masked encoder", auto="lomar: 0, the paper's", low=0, metavar="L"
+    mask_layer: int | None = option(
+        "block before which the mask tokens enter a masked encoder",
+        default=None,
+        auto="lomar: 0, the paper's",
+        low=0,
+        metavar="L",
     )
-    decoder_width: int = option(
-        "token width of the decoder", auto="512 for a base encoder", low=4, high=MOST_WIDTH, metavar="D"
+    decoder_width: int | None = option(
+        "token width of the decoder", default=None, auto="512 for a base encoder", low=4, high=MOST_WIDTH, metavar="D"
     )
-    decoder_depth: int = option(
-        "blocks of the decoder", auto="8 for a base encoder", low=1, high=MOST_DEPTH, metavar="N"
+    decoder_depth: int | None = option(
+        "blocks of the decoder", default=None, auto="8 for a base encoder", low=1, high=MOST_DEPTH, metavar="N"
     )
-    decoder_heads: int = option(
-        "attention heads of the decoder", auto="16 for a base encoder", low=1, high=MOST_WIDTH, metavar="N"
+    decoder_heads: int | None = option(
+        "attention heads of the decoder",
+        default=None,
+        auto="16 for a base encoder",
+        low=1,
+        high=MOST_WIDTH,
+        metavar="N",
     )
     position: str = option(
         "how tokens know where they are",
         auto="lomar: contextual; mae: sincos; beit: shared-bias",
-        choices=("contextual", "sincos", "shared-bias", "none"),
+        choices=("contextual", "sincos", "learned", "shared-bias", "none"),
         metavar="NAME",
     )
-    transformer: str = option(
+    transformer: str | None = option(
         "the plain transformer, or BEiT's: no bias of keys, and its own initial weights",
+        default=None,
         auto="lomar, mae: vit; beit: beit",
         choices=("vit", "beit"),
         metavar="NAME",
@@ -125,19 +153,120 @@ class PretrainOptions:
         below=1,
         metavar="P",
     )
-    target: str = option(
-        "what is predicted: normalised-pixels, pixels or tokens", auto="lomar, mae: normalised-pixels", metavar="NAME"
+    target: str | None = option(
+        "what is predicted: normalised-pixels, pixels or tokens",
+        default=None,
+        auto="lomar, mae: normalised-pixels",
+        metavar="NAME",
     )
     tokenizer: str | None = option(
         "for tokens: a file of `lomar tokenizer train`, or a folder with OpenAI's encoder.pkl and decoder.pkl",
         default=None,
         metavar="FILE",
     )
+    # Methods that compare views
+    patch_embed: str | None = option(
+        "whether the patch embedding learns, or keeps its random weights",
+        default=None,
+        auto="dino: learned; mocov3: frozen",
+        choices=("learned", "frozen"),
+        metavar="NAME",
+    )
+    local_crops: int | None = option(
+        "small crops of an image, beside the two large ones",
+        default=None,
+        auto="dino: 8",
+        low=0,
+        high=MOST_SIDE,
+        metavar="N",
+    )
+    local_size: int | None = option(
+        "side of a small crop, in pixels", default=None, auto="dino: 96 of 224", low=1, high=MOST_SIDE, metavar="PX"
+    )
+    local_scale: tuple[float, float] | None = option(
+        "smallest and largest share of an image's area that a small crop covers",
+        default=None,
+        auto="dino: 0.05 0.4",
+        above=0,
+        high=1,
+    )
+    grayscale: float | None = option(
+        "share of crops without colour", default=None, auto="dino, mocov3: 0.2", low=0, high=1, metavar="P"
+    )
+    blur: tuple[float, float, float] | None = option(
+        "share of blurred ones among first, second and small crops",
+        default=None,
+        auto="dino, mocov3: 1 0.1 0.5",
+        low=0,
+        high=1,
+        metavar="P",
+    )
+    solarize: float | None = option(
+        "share of second crops whose bright parts are inverted",
+        default=None,
+        auto="dino, mocov3: 0.2",
+        low=0,
+        high=1,
+        metavar="P",
+    )
+    head_width: int | None = option(
+        "width of the layers within a head",
+        default=None,
+        auto="for a base encoder: dino 2048, mocov3 4096",
+        low=1,
+        high=MOST_WIDTH,
+        metavar="D",
+    )
+    head_outputs: int | None = option(
+        "prototypes of dino, width of mocov3's queries and keys",
+        default=None,
+        auto="for a base encoder: dino 65536, mocov3 256",
+        low=2,
+        high=2**20,
+        metavar="N",
+    )
+    momentum: float | None = option(
+        "of the teacher or momentum encoder, at the beginning; 1 at the end",
+        default=None,
+        auto="dino 0.996, mocov3 0.99; less in a short run",
+        low=0,
+        below=1,
+        metavar="M",
+    )
+    temperature: float | None = option(
+        "of the student's softmax, or of that over the keys",
+        default=None,
+        auto="dino: 0.1; mocov3: 0.2",
+        above=0,
+        metavar="T",
+    )
+    teacher_temperature: tuple[float, float] | None = option(
+        "of the teacher's softmax, before and after its warm-up",
+        default=None,
+        auto="dino: 0.04 0.04",
+        above=0,
+        metavar="T",
+    )
+    teacher_temperature_epochs: float | None = option(
+        "passes that this warm-up takes", default=None, auto="dino: a tenth of the run", low=0, metavar="E"
+    )
+    freeze_last_layer: float | None = option(
+        "passes that the prototypes stay frozen for",
+        default=None,
+        auto="dino: 1; less in a short run",
+        low=0,
+        metavar="E",
+    )
+    # What it sees
     crop_scale: tuple[float, float] = option(
         "smallest and largest share of an image's area that a crop covers", auto="lomar: 0.2 1", above=0, high=1
     )
     color_jitter: float = option(
-        "strength of random brightness, contrast and saturation", auto="lomar: 0; beit: 0.4", low=0, high=1, metavar="X"
+        "strength of random brightness, contrast and saturation, of methods that compare views also of hue",
+        auto="lomar: 0; beit, dino, mocov3: 0.4",
+        low=0,
+        high=1,
+        metavar="X",
     )
     channels: int = option("channels the images are converted to", auto=AUTO, low=1, high=MOST_WIDTH, metavar="C")
     statistics: str = option(
@@ -164,11 +293,34 @@ class PretrainOptions:
         "learning rate for 256 images; scaled by --batch-size / 256", auto=AUTO, above=0, metavar="LR"
     )
     min_lr: float = option("learning rate at the end", auto="lomar: 0; beit: 1e-5", low=0, metavar="LR")
-    weight_decay: float = option("AdamW's weight decay", auto="0.05", low=0, metavar="WD")
+    weight_decay: float = option(
+        "AdamW's weight decay", auto="lomar, mae, beit: 0.05; dino: 0.04; mocov3: 0.1", low=0, metavar="WD"
+    )
+    weight_decay_end: float | None = option(
+        "what it rises to along half a cosine",
+        default=None,
+        auto="dino: 0.4; the others: it stays",
+        low=0,
+        metavar="WD",
+    )
+    decayed: str = option(
+        "what is decayed: weights, or all with norms and biases",
+        default="weights",
+        auto="mocov3: all",
+        choices=("weights", "all"),
+        metavar="NAME",
+    )
     betas: tuple[float, float] = option(
         "AdamW's momenta", auto="lomar, mae: 0.9 0.95; beit: 0.9 0.999", low=0, below=1, metavar="BETA1 BETA2"
     )
     clip_grad: float = option("largest norm of the gradient; 0 leaves it as it is", default=3.0, low=0, metavar="NORM")
+    clip_by: str = option(
+        "whose norm it is: of all gradients together, or each tensor's own",
+        default="all",
+        auto="dino: tensor",
+        choices=("all", "tensor"),
+        metavar="NAME",
+    )
     seed: int = option(
         "fixes crops, windows, masks and initial weights", default=0, low=0, high=LARGEST_SEED, metavar="N"
     )

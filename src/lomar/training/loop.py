@@ -23,7 +23,7 @@ from lomar.training.optim import Schedule, StepSchedule
 from lomar.training.processes import first_alone, said_by_all
 from lomar.training.records import Display, Metrics, Row, TensorBoard
 from lomar.training.signals import StopRequest
-from lomar.training.step import Step, on_device
+from lomar.training.step import Paced, Step, on_device
 
 # Rows wait this many steps at most: one look at the device for several steps, and little to lose.
 BUFFERED_STEPS = 10
@@ -44,6 +44,8 @@ class Course:
         batch_size: images per step, over all processes.
         schedule: learning rate of each step.
         clip_grad: largest gradient norm; 0 for none.
+        clip_each: whether it is that of each tensor, and not of all together.
+        weight_decay: of each step; None where it stays.
         checkpoint_steps: steps between checkpoints, or None.
         checkpoint_minutes: minutes between checkpoints.
         evaluation_steps: steps between evaluations.
@@ -63,6 +65,8 @@ class Course:
     evaluation_steps: int
     evaluation_forced: bool
     max_bad_share: float
+    clip_each: bool = False
+    weight_decay: Schedule | None = None
 
 
 @dataclass
@@ -110,6 +114,7 @@ class Trainer:
         evaluate: step -> named numbers; called at step 0, now and then, and at the end.
         average: a moving average of the method's weights, updated at each step.
         compiled: whether the step is compiled.
+        paced: the method, if it has more to do in a step.
     """
 
     def __init__(
@@ -125,12 +130,15 @@ class Trainer:
         evaluate: Callable[[int], Row],
         average: ModelEmaV3 | None = None,
         compiled: bool = False,
+        paced: Paced | None = None,
     ) -> None:
         if fabric.device.type == "cpu":
             keep_freed_memory()
         self.fabric = fabric
         self.method = method
-        self.training_step = Step(fabric, method, optimizer, course.batch_size, course.clip_grad, compiled)
+        self.training_step = Step(
+            fabric, method, optimizer, course.batch_size, course.clip_grad, compiled, course.clip_each, paced
+        )
         self.optimizer = self.training_step.optimizer
         self.course = course
         self.batches = batches
@@ -318,6 +326,7 @@ class Trainer:
         names: list[str] = []
         waited_s = 0.0
         last = False
+        self.training_step.begin(progress.step)
         while not last:
             asked = time.monotonic()
             micro = next(batches)
@@ -327,7 +336,8 @@ class Trainer:
             self._bad += micro.bad
             self.training_step.learn(micro.inputs, last)
         lr = course.schedule.lr(progress.step) * progress.lr_factor
-        loss, grad_norm = self.training_step.update(lr)
+        decay = course.weight_decay and course.weight_decay.lr(progress.step)
+        loss, grad_norm = self.training_step.update(lr, decay)
         progress.step += 1
         if self.average:
             self.training_step.bring_up_to_date()
@@ -337,6 +347,7 @@ class Trainer:
             "epoch": round(progress.step * course.batch_size / course.images, 6),
             "lr": lr,
             "data_wait": waited_s,  # becomes a share of the time in `flush`
+            **self.training_step.numbers,
         }
         return row, loss, grad_norm, names
 
@@ -362,6 +373,7 @@ class Trainer:
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 failure = NonFiniteError(row["step"], names)
                 break
+            row |= {name: round(row[name].item(), 5) for name in self.training_step.numbers}
             rows.append(row)
         if rows and (share := gpu_share(self.fabric.device)) is not None:
             rows[-1]["gpu_memory"] = round(share, 4)
@@ -369,8 +381,17 @@ class Trainer:
         self._record(rows)
         for row in rows:
             self.display.step(row, self._eta_s(row))
+            self._look_for_trouble(row)
         if failure:
             raise failure
+
+    def _look_for_trouble(self, row: Row) -> None:
+        """Tell what a method finds wrong with its own numbers, once."""
+        paced = self.training_step.paced
+        trouble = paced.trouble(row) if paced else ""
+        if trouble and "trouble" not in self._warned:
+            self._warned.add("trouble")
+            self.display.say(f"warning: step {row['step']}: {trouble}")
 
     def _evaluate_first(self) -> None:
         """The random initialisation, as step 0; not again when a run resumes there."""

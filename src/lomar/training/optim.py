@@ -10,7 +10,9 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 
-def decay_groups(model: nn.Module, weight_decay: float, spared: Collection[str] = ()) -> list[dict[str, object]]:
+def decay_groups(
+    model: nn.Module, weight_decay: float, spared: Collection[str] = (), all_of_it: bool = False
+) -> list[dict[str, object]]:
     """Parameter groups: what is decayed and what is not.
 
     Biases and parameters of one dimension are not decayed; cls token, mask token and position tables are.
@@ -19,11 +21,14 @@ def decay_groups(model: nn.Module, weight_decay: float, spared: Collection[str] 
         model: its parameters that are trained.
         weight_decay: of those that are decayed.
         spared: last parts of names that are not decayed either; BEiT spares "cls_token".
+        all_of_it: whether biases and parameters of one dimension are decayed as well, as in MoCo v3.
 
     Source: the released LoMaR code, after MAE.
     """
 
     def plain(name: str, parameter: nn.Parameter) -> bool:
+        if all_of_it:
+            return False
         return parameter.ndim <= 1 or name.endswith(".bias") or name.rsplit(".", 1)[-1] in spared
 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -34,10 +39,14 @@ def decay_groups(model: nn.Module, weight_decay: float, spared: Collection[str] 
 
 
 def adamw(
-    model: nn.Module, weight_decay: float, betas: tuple[float, float], spared: Collection[str] = ()
+    model: nn.Module,
+    weight_decay: float,
+    betas: tuple[float, float],
+    spared: Collection[str] = (),
+    all_of_it: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW over `decay_groups`; the learning rate is set at each step."""
-    return torch.optim.AdamW(decay_groups(model, weight_decay, spared), lr=0.0, betas=betas, fused=True)
+    return torch.optim.AdamW(decay_groups(model, weight_decay, spared, all_of_it), lr=0.0, betas=betas, fused=True)
 
 
 def layerwise_adamw(

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch._dynamo.exc
@@ -12,6 +12,22 @@ from torch import Tensor, nn
 from lomar.data.loader import MicroBatch
 from lomar.errors import TrainingError
 from lomar.training.sharding import Sharded, is_sharded, local_part
+
+
+class Paced(Protocol):
+    """A method of which more changes with the steps than the weights that the optimiser updates."""
+
+    def begin(self, step: int) -> None:
+        """Called before the forward passes of the update that follows `step` updates."""
+
+    def before_update(self) -> None:
+        """Called when all gradients of a step are there, before they are clipped."""
+
+    def after_update(self) -> dict[str, Tensor]:
+        """Called when the weights are updated; named numbers of the step, which stay on the device."""
+
+    def trouble(self, numbers: Mapping[str, float]) -> str:
+        """What is wrong with the numbers of a step; "" if nothing."""
 
 
 class Step:
@@ -26,6 +42,8 @@ class Step:
         batch_size: images of a step, over all processes.
         clip_grad: largest gradient norm; 0 for none.
         compiled: whether the method's forward and backward passes are compiled, as one graph a shape of micro-batch.
+        clip_each: whether it is the norm of each tensor's gradient, and not of all together.
+        paced: the method, if it has more to do in a step.
     """
 
     def __init__(
@@ -36,9 +54,13 @@ class Step:
         batch_size: int,
         clip_grad: float,
         compiled: bool = False,
+        clip_each: bool = False,
+        paced: Paced | None = None,
     ) -> None:
         self.fabric = fabric
         self.method = method
+        self.paced = paced
+        self.numbers: dict[str, Tensor] = {}  # of the last step
         if compiled:
             # Within DDP, whose own code is no graph; it splits the graph to send gradients as they come, which it
             # cannot where blocks are worked out again. Shapes are fixed but for a step's last micro-batch.
@@ -57,7 +79,13 @@ class Step:
             self.model, self.optimizer = fabric.setup(method, optimizer)
         self.batch_size = batch_size
         self.clip_grad = clip_grad
+        self.clip_each = clip_each
         self._loss_sum, self._counted = self._zero(), self._zero()
+
+    def begin(self, step: int) -> None:
+        """Before the first micro-batch of the update that follows `step` updates."""
+        if self.paced:
+            self.paced.begin(step)
 
     def learn(self, inputs: Mapping[str, Tensor], last: bool = True) -> None:
         """Add the gradients of a micro-batch.
@@ -76,22 +104,29 @@ class Step:
         self._loss_sum += losses.detach()
         self._counted += count
 
-    def update(self, lr: float) -> tuple[Tensor, Tensor]:
+    def update(self, lr: float, weight_decay: float | None = None) -> tuple[Tensor, Tensor]:
         """Update the weights by what was learnt since the last time.
 
         Args:
             lr: learning rate.
+            weight_decay: of the groups that are decayed; None leaves it as it is.
 
         Returns:
             The mean loss and the norm of its gradient before clipping.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+            if weight_decay is not None and group["weight_decay"]:
+                group["weight_decay"] = weight_decay
         summed = self.fabric.all_reduce(torch.stack([self._loss_sum, self._counted]), reduce_op="sum")
         loss_sum, counted = cast(Tensor, summed)
+        if self.paced:
+            self.paced.before_update()
         grad_norm = self._scale_gradients(self.batch_size / counted)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.paced:
+            self.numbers = self.paced.after_update()
         self._loss_sum, self._counted = self._zero(), self._zero()
         return loss_sum / counted, grad_norm
 
@@ -99,6 +134,12 @@ class Step:
         """Turn gradients of (sum / batch) into those of the mean; clip them; return their norm."""
         gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) * scale
+        if self.clip_each and self.clip_grad:
+            factors = [
+                scale * (self.clip_grad / (each * scale)).clamp(max=1.0) for each in torch._foreach_norm(gradients)
+            ]
+            torch._foreach_mul_(gradients, [f.to(g.dtype) for f, g in zip(factors, gradients, strict=True)])
+            return norm
         if self.sharded:
             norm = cast(Tensor, self.fabric.all_reduce(norm.square(), reduce_op="sum")).sqrt()
         factor = scale * (self.clip_grad / norm).clamp(max=1.0) if self.clip_grad else scale

@@ -1,0 +1,109 @@
+"""Several crops of each image, for methods that compare views: two large ones, and small ones beside them."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lomar.data.augment import random_resized_crop
+from lomar.data.decode import Image, PixelFormat
+from lomar.data.loader import Draw, MicroBatch, SampleKey, batches_of, readable_sample
+from lomar.data.order import Order
+from lomar.data.sources import ImageSource
+
+Scale = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class MultiCropPlan:
+    """What crops become of an image, each mirrored or not by its own chance.
+
+    Args:
+        size_px: side of the two large ones.
+        scale: smallest and largest share of an image's area that they take.
+        local_crops: how many small ones.
+        local_px: side of those.
+        local_scale: as `scale`, of those.
+
+    Source: SwAV's multi-crop, as DINO takes it; MoCo v3 has no small ones.
+    """
+
+    size_px: int
+    scale: Scale
+    local_crops: int = 0
+    local_px: int = 0
+    local_scale: Scale = (0.0, 0.0)
+
+    def __call__(self, image: Image, fmt: PixelFormat, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The large crops (2, C, S, S) and the small ones (V - 2, C, s, s)."""
+        large = self._crops(image, fmt, generator, 2, self.size_px, self.scale)
+        return large, self._crops(image, fmt, generator, self.local_crops, self.local_px, self.local_scale)
+
+    def _crops(
+        self, image: Image, fmt: PixelFormat, generator: torch.Generator, count: int, side_px: int, scale: Scale
+    ) -> np.ndarray:
+        crops = np.empty((count, fmt.channels, side_px, side_px), dtype=fmt.dtype)
+        for place in crops:
+            box = random_resized_crop(image.height, image.width, scale, generator=generator)
+            crop = image.crop(box, (side_px, side_px), fmt)
+            place[...] = crop[:, :, ::-1] if torch.rand(1, generator=generator).item() < 0.5 else crop
+        return crops
+
+
+@dataclass(frozen=True)
+class _ManyCrops(Dataset[MicroBatch]):
+    """Samples of the stream, as crops."""
+
+    source: ImageSource
+    order: Order
+    fmt: PixelFormat
+    draw: Draw
+    plan: MultiCropPlan
+    seed: int
+    last_slot: int
+
+    def __getitems__(self, keys: list[SampleKey]) -> MicroBatch:
+        draws = [self.draw(key) for key in keys]
+        inputs = {name: torch.stack([each[name] for each in draws]) for name in draws[0]}
+        crops: list[tuple[np.ndarray, np.ndarray]] = []
+        names: list[str] = []
+        bad: list[tuple[str, str]] = []
+        for key in keys:
+            both, index = readable_sample(
+                self.source, self.order, key, self.seed, bad, lambda image, chance: self.plan(image, self.fmt, chance)
+            )
+            crops.append(both)
+            names.append(self.source.name(index))
+        large, small = zip(*crops, strict=True)
+        inputs["crops"] = torch.from_numpy(np.stack(large))
+        if self.plan.local_crops:
+            inputs["local_crops"] = torch.from_numpy(np.stack(small))
+        return MicroBatch(inputs, names, bad, keys[-1].slot == self.last_slot)
+
+
+def multicrop_batches(
+    source: ImageSource, fmt: PixelFormat, draw: Draw, *, plan: MultiCropPlan, seed: int, **stream: Any
+) -> Generator[MicroBatch, None, None]:
+    """One process's micro-batches of crops.
+
+    Inputs are "crops" (B, 2, C, S, S), where there are small ones "local_crops" (B, V - 2, C, s, s), both of fmt.dtype,
+    and all that was drawn for the samples.
+
+    Args:
+        source: the images.
+        fmt: what their pixels become.
+        draw: what else is random about a sample; must be picklable.
+        plan: how images are cropped.
+        seed: of the run.
+        stream: which part of the stream, and how it is read; as for `lomar.data.loader.batches_of`.
+
+    Raises:
+        UserError: one bad file after another.
+        ValueError: fewer samples in a batch than processes.
+    """
+    return batches_of(
+        source, lambda order, last: _ManyCrops(source, order, fmt, draw, plan, seed, last), seed=seed, **stream
+    )
