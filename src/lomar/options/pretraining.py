@@ -41,7 +41,7 @@ class PretrainOptions:
     # The method
     method: str = option("a recipe's name; `lomar recipes` lists them", default="lomar", metavar="NAME")
     init: str | None = option(
-        "weights to begin with: a run, a file of lomar, or a released LoMaR, MAE or BEiT checkpoint",
+        "weights to begin with: a run, a file of lomar, or a released LoMaR, MAE, BEiT, DINO or MoCo v3 checkpoint",
         default=None,
         metavar="FILE",
     )
@@ -106,7 +106,7 @@ class PretrainOptions:
     position: str = option(
         "how tokens know where they are",
         auto="lomar: contextual; mae: sincos; beit: shared-bias",
-        choices=("contextual", "sincos", "shared-bias", "none"),
+        choices=("contextual", "sincos", "learned", "shared-bias", "none"),
         metavar="NAME",
     )
     transformer: str = option(
