@@ -1,4 +1,4 @@
-"""`lomar convert`: checkpoints that LoMaR, MAE and BEiT released -> our files, and the way back."""
+"""`lomar convert`: checkpoints that LoMaR, MAE, BEiT, DINO and MoCo v3 released -> our files, and the way back."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,6 @@ from lomar.interop.weights import (
     save_encoder,
     save_reconstructor,
 )
-from lomar.methods.architectures import EncoderDecoder
 from lomar.model import Encoder
 from lomar.options import ConvertOptions, flag
 
@@ -55,8 +54,8 @@ def _to_lomar(options: ConvertOptions) -> list[str]:
     if options.image_size:
         found, resized = _resized(found, options.image_size)
         lines += [f"  resized to {options.image_size} px: {listed(resized)}"] if resized else []
-    save_encoder(files[0], found.encoder, found.composition)
-    if single or found.method is None:
+    save_encoder(files[0], found.encoder, found)
+    if single or found.method is None or found.composition is None:
         return [*lines, f"{files[0]} written"]
     save_reconstructor(files[1], found.method, found.composition)
     return [*lines, f"{files[0]} and {files[1].name} written"]
@@ -87,16 +86,17 @@ def _refuse_existing(files: list[Path]) -> None:
 
 def _resized(found: Official, image_px: int) -> tuple[Official, list[str]]:
     """The same weights for another image size, and the names of the tables that changed."""
-    patch = found.composition.patch_size
+    patch = found.encoder.architecture["patch_size"]
     if image_px % patch:
         raise UserError(f"--image-size {image_px} is not a multiple of the patches of {patch} px")
+    if found.method is None or found.composition is None:
+        before = {name: tensor.shape for name, tensor in found.encoder.state_dict().items()}
+        found.encoder.set_input_size(image_px)
+        after = found.encoder.state_dict()
+        return found, [name for name, shape in before.items() if after[name].shape != shape]
     try:
         window = min(found.composition.window_size, image_px // patch)
         composition = replace(found.composition, image_size=image_px, window_size=window)
-        if found.method is None:
-            resized = match_grids(found.encoder, composition.encoder())
-            found.encoder.set_input_size(image_px)
-            return replace(found, composition=composition), resized
         method = composition.build().eval()
     except ValueError as error:
         raise UserError(f"--image-size {image_px} does not do: {error}") from None
@@ -112,10 +112,10 @@ def _described(path: Path, found: Official) -> Iterator[str]:
     yield f"{path}: {found.kind}; {len(tensors)} tensors, {sum(t.numel() for t in tensors) / 1e6:.1f} million numbers"
     yield (
         f"  encoder: {made['embed_dim']} wide, {made['depth']} deep, {made['num_heads']} heads; "
-        f"{made['patch_size']}-pixel patches of {made['in_chans']} channels, {found.composition.image_size} px"
+        f"{made['patch_size']}-pixel patches of {made['in_chans']} channels, {made['img_size']} px"
     )
-    if found.method is not None and isinstance(found.method.architecture, EncoderDecoder):
-        c = found.composition
+    c = found.composition
+    if c is not None and c.architecture == "encoder-decoder":
         yield f"  decoder: {c.decoder_width} wide, {c.decoder_depth} deep, {c.decoder_heads} heads"
     if encoder.num_classes:
         pooled = "its cls token" if encoder.global_pool == "token" else "the mean of its patches"

@@ -76,7 +76,7 @@ class Backbone(nn.Module):
         )
         self.pos_embed = (
             nn.Parameter(torch.zeros(1, 1 + self.position_grid[0] * self.position_grid[1], width))
-            if position == "sincos"
+            if position in ("sincos", "learned")
             else None
         )
         every = set(global_blocks(depth) if globals_ is None else globals_) if window else set(range(depth))

@@ -51,7 +51,7 @@ def classifier_of(
 ) -> tuple[Encoder, list[str]]:
     """A classifier that begins with the weights of an encoder, and lines on what was done to them.
 
-    Tables of positions are resized to the image: sine-cosine ones bicubically, BEiT's along a geometric series;
+    Tables of positions are resized to the image: absolute ones bicubically, BEiT's along a geometric series;
     contextual position needs nothing. A bias that all blocks share becomes one of each block's own, as BEiT fine-tunes;
     sine-cosine positions begin to learn, as MAE's do. The head is new, unless the encoder has one for the same classes.
 
@@ -77,7 +77,7 @@ def classifier_of(
         shared = state.pop("rel_pos_bias.table")
         state |= {f"blocks.{i}.attn.rel_pos_bias.table": shared.clone() for i in range(len(encoder.blocks))}
         notes.append("each block has its own copy of the relative bias that all shared")
-    if before != encoder.patch_embed.grid_size and architecture["position"] in ("sincos", "block-bias"):
+    if before != encoder.patch_embed.grid_size and architecture["position"] in ("sincos", "learned", "block-bias"):
         notes.append(
             f"tables of positions were resized from {_by(before)} to {_by(encoder.patch_embed.grid_size)} patches"
         )

@@ -108,7 +108,7 @@ def _layouts(encoder: Encoder) -> Iterator[Layout]:
     shape = {name: made[name] for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")}
     shape |= {"mlp_ratio": made["mlp_ratio"], "init_values": made["init_values"], "global_pool": encoder.global_pool}
     normalises_pooled = isinstance(encoder.fc_norm, nn.LayerNorm)
-    if made["position"] in ("sincos", "none") and made["key_bias"]:
+    if made["position"] in ("sincos", "learned", "none") and made["key_bias"]:
         own: dict[str, Any] = {"fc_norm": normalises_pooled, "dynamic_img_size": True}
         own |= {"pos_embed": "none"} if made["position"] == "none" else {}
         yield Layout(_name_in_timm("vit", made), shape | own, encoder.state_dict(), True, encoder)

@@ -1,4 +1,4 @@
-"""The files that LoMaR, MAE and BEiT released: recognised by their keys, read into our modules, and written again.
+"""The files that LoMaR, MAE, BEiT, DINO and MoCo v3 released: recognised, read into our modules, and written again.
 
 No table of sizes: every dimension is read off a tensor. Nothing but tensors and plain values is unpickled.
 """
@@ -34,10 +34,11 @@ class Family:
 
     Args:
         name: of the project.
-        recipe: our name of its pretraining.
-        mark: part of a key that tells its files from the others'.
-        predictor: its name of the last layer in pretraining.
+        recipe: our name of its pretraining; "" where its files are read for their encoder alone.
+        mark: part of a key that tells its files from the others'; what tells those apart that share it is `_owner`.
+        predictor: its name of the last layer in pretraining; "" as above.
         positions: kinds of position its encoders have, in our words.
+        weight_init: how its encoders begin, in our words.
     """
 
     name: str
@@ -45,12 +46,24 @@ class Family:
     mark: str
     predictor: str
     positions: tuple[str, ...]
+    weight_init: str = "xavier"
 
 
 LOMAR = Family("LoMaR", "lomar", "rpe_k.lookup_table_weight", "encoder_pred", ("contextual",))
 MAE = Family("MAE", "mae", "pos_embed", "decoder_pred", ("sincos",))
-BEIT = Family("BEiT", "beit", "relative_position_bias_table", "lm_head", ("shared-bias", "block-bias"))
-FAMILIES = (LOMAR, MAE, BEIT)
+BEIT = Family("BEiT", "beit", "relative_position_bias_table", "lm_head", ("shared-bias", "block-bias"), "beit")
+DINO = Family("DINO", "", MAE.mark, "", ("learned",), "dino")
+MOCO = Family("MoCo v3", "", MAE.mark, "", ("sincos",), "mocov3")  # after MAE, whose names it has
+FAMILIES = (LOMAR, MAE, BEIT, DINO, MOCO)
+
+# What tensors are under, in what `torch.save` wrote. DINO keeps a student beside its teacher, which is the better one.
+_HOLDERS = ("model", "module", "teacher", "state_dict")
+# What an encoder's names begin with where a file holds more networks than that: DINO, MoCo v3.
+_ENCODERS = ("backbone.", "base_encoder.")
+# Of absolute positions, what nearer than this share of a sine-cosine table's length is one that has been trained on.
+_NEAR = 0.5
+# Width of the released heads where it is not 64.
+_HEAD_WIDTHS = {(MAE, 1280): 80, (MOCO, 1280): 80, (MOCO, 384): 32}
 
 # Parts of names in an encoder: ours, theirs. The first that occurs counts.
 _PARTS = (
@@ -86,18 +99,23 @@ class Official:
     Args:
         kind: what it is, in words.
         encoder: with its classifier, where it was fine-tuned.
-        method: the whole of pretraining, whose encoder is `encoder`; None where the file holds an encoder alone.
-        composition: the method's, or what its encoder would have been pretrained by.
+        method: the whole of pretraining, whose encoder is `encoder`; None where an encoder is all that is read.
+        composition: the method's, or None.
+        mean, std: of each channel of its pixels.
         dropped: names of what else the file holds.
         notes: what the file does not tell, and what was assumed.
+        scale: pixel value that stands for 1.
     """
 
     kind: str
     encoder: Encoder
     method: MaskedReconstruction | None
-    composition: Composition
+    composition: Composition | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     dropped: list[str]
     notes: list[str]
+    scale: float = 255.0
 
 
 def is_torch_file(path: Path) -> bool:
@@ -115,35 +133,37 @@ def read_official(
 
     Args:
         path: the file.
-        heads: attention heads; MAE's tensors do not tell, and others than the released ones must be given.
+        heads: attention heads; MAE's, DINO's and MoCo v3's tensors do not tell, and others than the released ones must
+            be given.
         decoder_heads: likewise, of MAE's decoder.
         target: "normalised-pixels" or "pixels", what LoMaR or MAE predicted, if the file does not say.
 
     Raises:
-        UserError: the file is damaged, holds more than tensors and plain values, or is no whole checkpoint of LoMaR,
-            MAE or BEiT; the line names the key that decides.
+        UserError: the file is damaged, holds more than tensors and plain values, or is no whole checkpoint of one of
+            `FAMILIES`; the line names the key that decides.
     """
     file = _recognise(Path(path))
-    composition = file.composition(heads, decoder_heads, target)
+    file.check_asked(decoder_heads, target)
+    made = file.architecture(heads)
+    mean, std = file.statistics(made["in_chans"])
     try:
-        method = composition.build() if file.whole else None
-        encoder = composition.encoder() if method is None else method.architecture.encoder
+        composition = file.composition(made, mean, std, decoder_heads, target) if file.whole else None
+        method = None if composition is None else composition.build()
+        encoder = file.encoder(made) if method is None else method.architecture.encoder
     except ValueError as error:
         file.fail(f"its sizes do not fit together: {error}")
-    if file.classes:
-        encoder.reset_classifier(file.classes, "token" if "norm.weight" in file.state else "avg")
     module = encoder if method is None else method
     file.fill(module)
     module.eval()
     dropped = [*filter(file.is_derived, file.state), *file.others]
-    return Official(file.kind, encoder, method, composition, dropped, file.notes)
+    return Official(file.kind, encoder, method, composition, mean, std, dropped, file.notes)
 
 
 def official_state(module: Encoder | MaskedReconstruction) -> dict[str, Tensor]:
     """Weights under the names that the released code reads: the inverse of `read_official`.
 
     A method that is not wholly its family's (LoMaR and MAE predict pixels, BEiT tokens; MAE has a decoder) gives its
-    encoder alone, which is all that fine-tuning takes.
+    encoder alone, which is all that fine-tuning takes. MoCo v3 has MAE's names.
 
     Raises:
         UserError: no released code has such an encoder.
@@ -151,7 +171,8 @@ def official_state(module: Encoder | MaskedReconstruction) -> dict[str, Tensor]:
     encoder = module if isinstance(module, Encoder) else module.architecture.encoder
     family = family_of(encoder)
     whole = isinstance(module, MaskedReconstruction) and (
-        isinstance(module.architecture, EncoderDecoder) == (family is MAE)
+        bool(family.recipe)
+        and isinstance(module.architecture, EncoderDecoder) == (family is MAE)
         and isinstance(module.target, VisualTokens) == (family is BEIT)
     )
     ours = (module if whole else encoder).state_dict()
@@ -188,7 +209,7 @@ def family_of(encoder: Encoder) -> Family:
     made = encoder.architecture
     family = next((family for family in FAMILIES if made["position"] in family.positions), None)
     if family is None:
-        raise UserError(f"no released code has position {made['position']!r}; LoMaR, MAE and BEiT have others")
+        raise UserError(f"no released code has position {made['position']!r}; LoMaR, MAE, BEiT and DINO have others")
     if made["key_bias"] != (family is not BEIT) or (made["init_values"] and family is not BEIT):
         raise UserError(
             f"{family.name}'s code has {made['position']} position in a transformer that "
@@ -267,45 +288,90 @@ class _File:
             self.fail(f"its {name} has shape {shape}")
         return shape
 
-    def composition(self, heads: int | None, decoder_heads: int | None, target: str | None) -> Composition:
-        """The method that the tensors were, or would have been, pretrained by; drop path is no part of weights."""
-        recipe = RECIPES[self.family.recipe]
-        width, channels, patch, _ = self.shape("patch_embed.proj.weight", 4)
-        depth = self._depth("blocks")
-        grid, heads = {LOMAR: self._lomar, MAE: self._mae, BEIT: self._beit}[self.family](width, patch, heads)
-        hidden = self.shape("blocks.0.mlp.fc1.weight", 2)[0]
-        ratio = hidden / width
-        values = {
-            **recipe.options,
-            **recipe.full,
-            "method": self.family.recipe,
-            "model": f"{width}x{depth}x{heads}",
-            "mlp_ratio": ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
-            "image_size": grid * patch,
-            "patch_size": patch,
-            "drop_path": 0.0,
-            "layer_scale": 0.1 if "blocks.0.gamma_1" in self.state else 0.0,  # a start that no longer matters
-            **self._statistics(channels),
-        }
-        if f"blocks.0.attn.{BEIT.mark}" in self.state:
-            values["position"] = "block-bias"
+    def check_asked(self, decoder_heads: int | None, target: str | None) -> None:
+        """Refuse what means nothing of such a file."""
         if decoder_heads and not (self.whole and self.family is MAE):
             self.fail("it has no decoder, so --decoder-heads means nothing")
         if target and (not self.whole or self.family is BEIT):
             self.fail("it does not predict pixels, so --target means nothing")
-        vocab = 0
-        if self.whole:
-            values |= self._asked(grid, target)
-            if self.family is MAE:
-                decoder_width = self.shape("decoder_embed.weight", 2)[0]
-                values["decoder_width"], values["decoder_depth"] = decoder_width, self._depth("decoder_blocks")
-                values["decoder_heads"] = self._assumed_heads(decoder_width, 32, decoder_heads, "--decoder-heads")
-            if self.family is BEIT:
-                vocab = self.shape("lm_head.weight", 2)[0]
-        try:
-            return compose(values, vocab, scale=255.0)
-        except ValueError as error:
-            self.fail(f"its sizes do not fit together: {error}")
+
+    def architecture(self, heads: int | None) -> dict[str, Any]:
+        """The arguments of `Encoder` that the tensors tell; drop path is no part of weights."""
+        width, channels, patch, _ = self.shape("patch_embed.proj.weight", 4)
+        depth = self._depth("blocks")
+        grid, heads = {LOMAR: self._lomar, BEIT: self._beit}.get(self.family, self._absolute)(width, patch, heads)
+        hidden = self.shape("blocks.0.mlp.fc1.weight", 2)[0]
+        ratio = hidden / width
+        return {
+            "img_size": grid * patch,
+            "patch_size": patch,
+            "in_chans": channels,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": heads,
+            "mlp_ratio": ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
+            "position": "block-bias" if f"blocks.0.attn.{BEIT.mark}" in self.state else self.family.positions[0],
+            "key_bias": self.family is not BEIT,
+            "init_values": 0.1 if "blocks.0.gamma_1" in self.state else None,  # a start that no longer matters
+            "weight_init": self.family.weight_init,
+        }
+
+    def encoder(self, made: Mapping[str, Any]) -> Encoder:
+        """An encoder of this architecture, with a classifier where the file has one."""
+        pool = "token" if self.family in (DINO, MOCO) else "avg"  # what their losses look at
+        encoder = Encoder(**made, num_classes=0, global_pool=pool)
+        if self.classes:
+            encoder.reset_classifier(self.classes, "token" if "norm.weight" in self.state else "avg")
+        return encoder
+
+    def composition(
+        self,
+        made: Mapping[str, Any],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        decoder_heads: int | None,
+        target: str | None,
+    ) -> Composition:
+        """The method that the tensors were pretrained by.
+
+        Raises:
+            ValueError: its sizes do not fit together.
+        """
+        recipe = RECIPES[self.family.recipe]
+        values = {
+            **recipe.options,
+            **recipe.full,
+            "method": self.family.recipe,
+            "model": f"{made['embed_dim']}x{made['depth']}x{made['num_heads']}",
+            "mlp_ratio": made["mlp_ratio"],
+            "image_size": made["img_size"],
+            "patch_size": made["patch_size"],
+            "position": made["position"],
+            "drop_path": 0.0,
+            "layer_scale": made["init_values"] or 0.0,
+            "mean": mean,
+            "std": std,
+            **self._asked(made["img_size"] // made["patch_size"], target),
+        }
+        if self.family is MAE:
+            width = self.shape("decoder_embed.weight", 2)[0]
+            values["decoder_width"], values["decoder_depth"] = width, self._depth("decoder_blocks")
+            values["decoder_heads"] = self._assumed_heads(width, 32, decoder_heads, "--decoder-heads")
+        return compose(values, self.shape("lm_head.weight", 2)[0] if self.family is BEIT else 0, scale=255.0)
+
+    def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of the pixels it was trained with."""
+        half = (0.5,) * channels
+        if channels != 3:
+            self.notes.append(f"mean and deviation of its {channels} channels are not in the file: 0.5 is assumed")
+            return half, half
+        if self.family is BEIT:
+            of_imagenet = self.arguments.get("imagenet_default_mean_and_std")
+            if of_imagenet is False:
+                return half, half
+            if of_imagenet is None:
+                self.notes.append("mean and deviation are not in the file: ImageNet's are assumed, not 0.5")
+        return IMAGENET_MEAN, IMAGENET_STD
 
     def fill(self, module: Encoder | MaskedReconstruction) -> None:
         """Copy all tensors into a module of the same shape."""
@@ -339,10 +405,10 @@ class _File:
         self.notes.append(f"its image size is not in the file: {grid * patch} px are assumed, any other works too")
         return grid, width // head_width
 
-    def _mae(self, width: int, patch: int, heads: int | None) -> tuple[int, int]:
-        """Side of the grid, in patches, and heads; the huge model's are 80 wide, all others' 64."""
-        grid = self._side("pos_embed", self.shape("pos_embed", 3)[1] - 1)
-        return grid, self._assumed_heads(width, 80 if width == 1280 else 64, heads, "--heads")
+    def _absolute(self, width: int, patch: int, heads: int | None) -> tuple[int, int]:
+        """Side of the grid, in patches, and heads, where each place has its own row of a table."""
+        grid = self._side(MAE.mark, self.shape(MAE.mark, 3)[1] - 1)
+        return grid, self._assumed_heads(width, _HEAD_WIDTHS.get((self.family, width), 64), heads, "--heads")
 
     def _beit(self, width: int, patch: int, heads: int | None) -> tuple[int, int]:
         """Side of the grid, in patches, and heads."""
@@ -383,20 +449,6 @@ class _File:
             self.fail(f"its {name} has {places} places, which are no square")
         return side
 
-    def _statistics(self, channels: int) -> dict[str, tuple[float, ...]]:
-        """Mean and deviation of the pixels it was trained with."""
-        half = {"mean": (0.5,) * channels, "std": (0.5,) * channels}
-        if channels != 3:
-            self.notes.append(f"mean and deviation of its {channels} channels are not in the file: 0.5 is assumed")
-            return half
-        if self.family is BEIT:
-            of_imagenet = self.arguments.get("imagenet_default_mean_and_std")
-            if of_imagenet is False:
-                return half
-            if of_imagenet is None:
-                self.notes.append("mean and deviation are not in the file: ImageNet's are assumed, not 0.5")
-        return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-
     def _asked(self, grid: int, target: str | None) -> dict[str, Any]:
         """What its run was asked to do, where pixels are predicted; the rest is as in the released command."""
         if self.family is BEIT:
@@ -428,22 +480,49 @@ def _recognise(path: Path) -> _File:
         UserError: nobody's, or more than one project's.
     """
     state, others, arguments = _open(path)
-    marks = {family: name for family in FAMILIES for name in reversed(state) if family.mark in name}
+    marks = {family.mark: name for family in FAMILIES for name in reversed(state) if family.mark in name}
     if len(marks) > 1:
-        marks.pop(MAE, None)  # LoMaR has positions too, and never reads them
+        marks.pop(MAE.mark, None)  # LoMaR has positions too, and never reads them
     if not marks:
+        wanted = ", ".join(dict.fromkeys(family.mark for family in FAMILIES))
         raise UserError(
-            f"{path} is no checkpoint of LoMaR, MAE or BEiT: of its {len(state)} tensors (the first is "
-            f"{next(iter(state))}) none is called {', '.join(family.mark for family in FAMILIES)}"
+            f"{path} is no checkpoint of LoMaR, MAE, BEiT, DINO or MoCo v3: of its {len(state)} tensors (the first is "
+            f"{next(iter(state))}) none is called {wanted}"
         )
-    family, mark = next(iter(marks.items()))
-    ends = {name for name in (*(f"{f.predictor}.weight" for f in FAMILIES), "head.weight") if name in state}
-    foreign = [*list(marks.values())[1:], *(ends - {f"{family.predictor}.weight", "head.weight"})]
+    mark, name = next(iter(marks.items()))
+    family = _owner(state) if mark == MAE.mark else next(family for family in FAMILIES if family.mark == mark)
+    predictors = {f"{family.predictor}.weight" for family in FAMILIES if family.predictor}
+    ends = {name for name in (*predictors, "head.weight") if name in state}
+    foreign = [*list(marks.values())[1:], *sorted(ends - {f"{family.predictor}.weight", "head.weight"})]
     if foreign:
-        raise UserError(f"{path} mixes the weights of two models: {mark} is {family.name}'s, {foreign[0]} is not")
+        raise UserError(f"{path} mixes the weights of two models: {name} is {family.name}'s, {foreign[0]} is not")
     if len(ends) > 1:
         raise UserError(f"{path} is neither a pretrained nor a fine-tuned model: it has {' and '.join(sorted(ends))}")
-    return _File(path, family, state, others, arguments)
+    notes = []
+    if family is DINO and "head.weight" in state:
+        notes.append("a classifier on learned positions is read as DINO's encoder fine-tuned; DeiT's are no different")
+    return _File(path, family, state, others, arguments, notes)
+
+
+def _owner(state: Mapping[str, Tensor]) -> Family:
+    """MAE, DINO or MoCo v3: their encoders have the same names, so what stands beside them tells, or the positions.
+
+    MAE's are sines and cosines of the column, then of the row; MoCo v3's of the row first; DINO's neither. Fine-tuning
+    moves them, but not far.
+    """
+    if MAE.mark not in state or any(name.startswith(("decoder_", "mask_token", "fc_norm.")) for name in state):
+        return MAE
+    table = state[MAE.mark]
+    if table.ndim != 3 or table.shape[-1] % 4:
+        return DINO
+    _, places, width = table.shape
+    side = math.isqrt(max(0, places - 1))
+    if not side or side**2 != places - 1:
+        return DINO
+    of_mae = sincos_table((side, side), width)
+    distances = {MAE: (table - of_mae).norm(), MOCO: (table - of_mae.roll(width // 2, dims=-1)).norm()}
+    nearest = min(distances, key=distances.__getitem__)
+    return nearest if distances[nearest] < _NEAR * of_mae.norm() else DINO
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
@@ -466,14 +545,26 @@ def _open(path: Path) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
             ) from None
         raise UserError(f"{path} is no whole checkpoint of PyTorch: cut short, damaged or something else") from error
     holder = loaded if isinstance(loaded, dict) else {}
-    key = next((key for key in ("model", "module") if isinstance(holder.get(key), dict)), None)
+    key = next((key for key in _HOLDERS if isinstance(holder.get(key), dict)), None)
     state = holder[key] if key else holder
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise UserError(f"{path} holds no weights: tensors by name, at its top or under 'model' or 'module'")
+        raise UserError(
+            f"{path} holds no weights: tensors by name, at its top or under {', '.join(map(repr, _HOLDERS))}"
+        )
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if any(name.startswith("architecture.") for name in state):
         raise UserError(f"{path} is a checkpoint of lomar itself; give the folder of its run")
     arguments = holder.get("args") if key else None
     others = [str(name) for name in holder if name != key] if key else []
+    if encoder := next((prefix for prefix in _ENCODERS if any(name.startswith(prefix) for name in state)), None):
+        own = {name for name in state if name.startswith(encoder) and not name.startswith(f"{encoder}head.")}
+        others += dict.fromkeys(_network(name) for name in state if name not in own)
+        state = {name.removeprefix(encoder): tensor for name, tensor in state.items() if name in own}
     return state, others, vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+
+
+def _network(name: str) -> str:
+    """Which network a tensor belongs to: the first part of its name; with the second, where the first is an encoder."""
+    first, _, rest = name.partition(".")
+    return f"{first}.{rest.partition('.')[0]}" if f"{first}." in _ENCODERS else first

@@ -1,6 +1,6 @@
 """Weights out and in: encoder and reconstructor as safetensors, with the metadata that rebuilds them.
 
-Whatever reads weights here reads the checkpoints that LoMaR, MAE and BEiT released as well.
+Whatever reads weights here reads the checkpoints that LoMaR, MAE, BEiT, DINO and MoCo v3 released as well.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import nn
 from lomar import __version__
 from lomar.errors import UserError
 from lomar.files import write_atomically
-from lomar.interop.official import from_beits_names, is_torch_file, read_official
+from lomar.interop.official import Official, from_beits_names, is_torch_file, read_official
 from lomar.methods.composition import Composition
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.model import Encoder
@@ -27,15 +27,21 @@ CLASSIFIER_FILE = "classifier.safetensors"
 EXPORTED_FILE = "model.safetensors"  # of a folder of `lomar export`, under timm's name
 
 
-def save_encoder(path: Path, encoder: Encoder, composition: Composition) -> None:
-    """Write an encoder with all that `load` needs to rebuild it, and how its input is normalised."""
+def save_encoder(path: Path, encoder: Encoder, source: Composition | Official) -> None:
+    """Write an encoder with all that `load` needs to rebuild it, and how its input is normalised.
+
+    Args:
+        path: the file.
+        encoder: what to write.
+        source: where it comes from, with mean, std and scale of its pixels.
+    """
     metadata = {
         "architecture": encoder.architecture,
         "num_classes": encoder.num_classes,
         "global_pool": encoder.global_pool,
-        "mean": composition.mean,
-        "std": composition.std,
-        "scale": composition.scale,
+        "mean": source.mean,
+        "std": source.std,
+        "scale": source.scale,
     }
     save_file(path, encoder.state_dict(), "encoder", metadata)
 
@@ -85,8 +91,8 @@ def load(path: str | Path) -> Encoder:
 
     Args:
         path: a run's folder, finished or not, its `encoder.safetensors` or `classifier.safetensors`; a folder that
-            `lomar export --to hub-folder` wrote, or its `model.safetensors`; or a file that LoMaR, MAE or BEiT
-            released (.pth), pretrained or fine-tuned.
+            `lomar export --to hub-folder` wrote, or its `model.safetensors`; or a file that LoMaR, MAE, BEiT, DINO or
+            MoCo v3 released (.pth), pretrained or fine-tuned.
 
     Raises:
         UserError: there is no such file, or it does not hold an encoder.
@@ -94,7 +100,7 @@ def load(path: str | Path) -> Encoder:
     file = _resolve(Path(path), ENCODER_FILE, CLASSIFIER_FILE, EXPORTED_FILE)
     if is_torch_file(file):
         official = read_official(file)
-        return describe(official.encoder, official.composition.mean, official.composition.std, 255.0)
+        return describe(official.encoder, official.mean, official.std, official.scale)
     return _encoder(file, *read_file(file, "encoder", "classifier"))
 
 
@@ -111,7 +117,7 @@ def load_reconstructor(path: str | Path) -> tuple[MaskedReconstruction, Composit
     file = _resolve(Path(path), RECONSTRUCTOR_FILE)
     if is_torch_file(file):
         official = read_official(file)
-        if official.method is None:
+        if official.method is None or official.composition is None:
             raise UserError(f"{file} holds {official.kind}: without mask token and head nothing can be reconstructed")
         return official.method, official.composition
     return _reconstructor(file, *read_file(file, "reconstructor"))
@@ -129,8 +135,7 @@ def load_most(path: str | Path) -> tuple[Encoder | MaskedReconstruction, tuple[f
     file = _resolve(Path(path), RECONSTRUCTOR_FILE, ENCODER_FILE, CLASSIFIER_FILE, EXPORTED_FILE)
     if is_torch_file(file):
         official = read_official(file)
-        composition = official.composition
-        return official.method or official.encoder, composition.mean, composition.std
+        return official.method or official.encoder, official.mean, official.std
     metadata, tensors = read_file(file, "encoder", "classifier", "reconstructor")
     if metadata["kind"] != "reconstructor":
         encoder = _encoder(file, metadata, tensors)

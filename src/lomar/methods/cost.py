@@ -135,7 +135,9 @@ def _transformer_parameters(c: Composition, width: int, depth: int, heads: int, 
     rows, columns = c.view_size
     bias = ((2 * rows - 1) * (2 * columns - 1) + 3) * heads
     block += {"contextual": width // heads * BUCKETS, "block-bias": bias}.get(c.position, 0)
-    return depth * block + 2 * width + (bias if c.position == "shared-bias" else 0)
+    places = 1 + c.grid[0] * c.grid[1]
+    table = {"shared-bias": bias, "learned": places * width}.get(c.position, 0)
+    return depth * block + 2 * width + table
 
 
 def kept_bytes(c: Composition, item_bytes: int) -> int:

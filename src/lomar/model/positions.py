@@ -2,7 +2,7 @@
 
 Tokens travel with integer coordinates (row, column) in patches, so windows, visible-only tokens, rectangular images and
 any resolution need no special case. Contextual relative position is LoMaR's, the relative bias BEiT's, sine and cosine
-of the absolute place MAE's.
+of the absolute place MAE's and MoCo v3's, a learned table of absolute places DINO's.
 """
 
 import math
@@ -233,7 +233,7 @@ def sincos_table(grid: Grid, width: int) -> Tensor:
     Raises:
         ValueError: the width is not a multiple of 4.
 
-    Source: MAE (MoCo v3 puts the row first).
+    Source: MAE (MoCo v3 puts the row first: the halves change places).
     """
     if width % 4:
         raise ValueError(f"sine-cosine positions need a width that 4 divides, not {width}")
@@ -241,6 +241,21 @@ def sincos_table(grid: Grid, width: int) -> Tensor:
     row, column = grid_coordinates(*grid).double()[:, :, None].mul(frequency).unbind(1)  # (H * W, D / 4) each
     places = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
     return nn.functional.pad(places, (0, 0, 1, 0))[None]
+
+
+def learned_table(grid: Grid, width: int) -> Tensor:
+    """A table of absolute positions that is to be learned: normal numbers of deviation 0.02, cls first.
+
+    Args:
+        grid: (H, W), in patches.
+        width: D.
+
+    Returns:
+        float32 (1, 1 + H * W, D), patches in raster order.
+
+    Source: DINO, after DeiT; their cut at +-2 is a hundred deviations away.
+    """
+    return nn.init.trunc_normal_(torch.empty(1, 1 + grid[0] * grid[1], width), std=0.02)
 
 
 def resize_absolute(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
@@ -254,7 +269,7 @@ def resize_absolute(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
     Returns:
         (1, 1 + H' * W', D).
 
-    Source: MAE, after DeiT.
+    Source: MAE, after DeiT. DINO's code asks for a factor of (H' + 0.1) / H in the place of the size.
     """
     if grid == new_grid:
         return table

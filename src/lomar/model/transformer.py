@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lomar.model.attention import Attention, BiasedAttention, ContextualAttention, Relation
-from lomar.model.positions import Grid, RelativeBias, resize_absolute, sincos_table
+from lomar.model.positions import Grid, RelativeBias, learned_table, resize_absolute, sincos_table
 
 NORM_EPS = 1e-6
-# How tokens know where they are: LoMaR; MAE; BEiT in pretraining; BEiT in fine-tuning; not at all.
-POSITIONS = ("contextual", "sincos", "shared-bias", "block-bias", "none")
+# How tokens know where they are: LoMaR; MAE and MoCo v3; DINO; BEiT in pretraining; BEiT in fine-tuning; not at all.
+POSITIONS = ("contextual", "sincos", "learned", "shared-bias", "block-bias", "none")
 
 
 class Block(nn.Module):
@@ -100,10 +100,11 @@ class Transformer(nn.Module):
         self.grid = grid
         self.drop_path_rate = drop_path_rate
         self.grad_checkpointing = False
-        # Fixed in pretraining, as in MAE; fine-tuning may let it learn.
-        self.pos_embed = (
-            nn.Parameter(sincos_table(grid, embed_dim), requires_grad=False) if position == "sincos" else None
-        )
+        self.pos_embed: nn.Parameter | None = None
+        if position == "sincos":  # fixed in pretraining, as in MAE; fine-tuning may let it learn
+            self.pos_embed = nn.Parameter(sincos_table(grid, embed_dim), requires_grad=False)
+        elif position == "learned":
+            self.pos_embed = nn.Parameter(learned_table(grid, embed_dim))
         self.rel_pos_bias = RelativeBias(bias_grid, num_heads) if position == "shared-bias" else None
         attention: Callable[[], Attention] = {
             "contextual": lambda: ContextualAttention(embed_dim, num_heads, key_bias),

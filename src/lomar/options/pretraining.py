@@ -41,7 +41,7 @@ class PretrainOptions:
     # The method; of those that it lacks, options have no value
     method: str = option("a recipe's name; `lomar recipes` lists them", default="lomar", metavar="NAME")
     init: str | None = option(
-        "weights to begin with: a run, a file of lomar, or a released LoMaR, MAE or BEiT checkpoint",
+        "weights to begin with: a run, a file of lomar, or a released LoMaR, MAE, BEiT, DINO or MoCo v3 checkpoint",
         default=None,
         metavar="FILE",
     )

@@ -7,7 +7,7 @@ from lomar.options.fields import option
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """Turn a checkpoint that LoMaR, MAE or BEiT released into lomar's files, or lomar's files into such a one."""
+    """Turn a checkpoint of LoMaR, MAE, BEiT, DINO or MoCo v3 into lomar's files, or lomar's files into such a one."""
 
     model: str = option(
         "released checkpoint (.pth), pretrained or fine-tuned; with --to official: a run's folder, or one of its "
@@ -24,7 +24,7 @@ class ConvertOptions:
         "resize tables of positions for images of this side, in pixels", default=None, low=1, metavar="PX"
     )
     heads: int | None = option(
-        "attention heads of MAE's encoder, if not as released: width / 64, or 16 of ViT-H",
+        "attention heads of MAE's, DINO's or MoCo v3's encoder, if not as released: width / 64 for most",
         default=None,
         low=1,
         metavar="N",
