@@ -189,7 +189,7 @@ _SIZES: dict[str, Any] = {
     "batch_size": 4096,
     "base_lr": 1.5e-4,
 }
-IMAGENET = _SIZES | {"clip_grad": 0.0} | MAE_DECODER
+IMAGENET: dict[str, Any] = _SIZES | {"clip_grad": 0.0} | MAE_DECODER
 
 
 def _course(epochs: int, warmup_epochs: float | None = None) -> dict[str, Any]:
@@ -199,9 +199,9 @@ def _course(epochs: int, warmup_epochs: float | None = None) -> dict[str, Any]:
 
 # 1.5e-3 at batch 2048, as one rate for 256 images.
 BEIT_IMAGENET = IMAGENET | {"batch_size": 2048, "base_lr": 1.5e-3 * 256 / 2048, "clip_grad": 3.0}
-# The released ViT-B/16, as its file of arguments has it (SPEC D.1, from memory): other crops, clipping and freezing than
-# the code's defaults, which are the recipe's.
-DINO_IMAGENET = _SIZES | {
+# The released ViT-B/16, as its file of arguments has it (SPEC D.1, from memory): other crops, clipping and freezing
+# than the code's defaults, which are the recipe's.
+DINO_IMAGENET: dict[str, Any] = _SIZES | {
     "batch_size": 1024,
     "base_lr": 7.5e-4,
     "min_lr": 2e-6,
@@ -217,7 +217,7 @@ DINO_IMAGENET = _SIZES | {
     "freeze_last_layer": 3,
     "clip_grad": 0.3,
 }
-MOCOV3_IMAGENET = _SIZES | {"head_width": 4096, "head_outputs": 256, "momentum": 0.99}
+MOCOV3_IMAGENET: dict[str, Any] = _SIZES | {"head_width": 4096, "head_outputs": 256, "momentum": 0.99}
 VIEWS_OF_WINDOW = {5: 8, 7: 4, 9: 3, 11: 2, 14: 1}  # Table 4: about equally many visible patches
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

@@ -29,7 +29,7 @@ BOTTLENECK = 256  # width of what DINO compares with its prototypes
 
 @dataclass(frozen=True)
 class CropChanges:
-    """What is random of a sample's crops beside their boxes, fixed by (seed, epoch, index). Goes to the loader's workers.
+    """What is random of a sample's crops beside their boxes, fixed by (seed, epoch, index). For the loader's workers.
 
     Args:
         distortions: of each crop.
@@ -222,7 +222,7 @@ class TwoView(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """The encoders alone: what is between is little work, and talks to other processes."""
         for tower in (self.student, self.teacher):
-            tower.features = torch.compile(tower.features, *args, **kwargs)  # type: ignore[method-assign]
+            tower.features = torch.compile(tower.features, *args, **kwargs)
 
     def note(self, features: Tensor, entropy: Tensor) -> None:
         """Remember what tells a collapse, over the micro-batches of a step."""
@@ -362,8 +362,8 @@ class DINO(TwoView):
 
 
 class MoCoV3(TwoView):
-    """Contrast: what the encoder predicts of one crop picks out, among all images of the batch, what the momentum encoder
-    makes of the other crop of the same image.
+    """Contrast: what the encoder predicts of one crop picks out, among all images of the batch, what the momentum
+    encoder makes of the other crop of the same image.
 
     The encoder that learns is what a run gives away. A batch is compared with itself, and its heads normalise over it,
     so that a process gets its share whole; what goes through the encoder `at_once` bounds the memory.

@@ -199,7 +199,7 @@ class PretrainOptions:
         auto="dino, mocov3: 1 0.1 0.5",
         low=0,
         high=1,
-        metavar="P",
+        metavar="FIRST SECOND SMALL",
     )
     solarize: float | None = option(
         "share of second crops whose bright parts are inverted",
@@ -245,7 +245,7 @@ class PretrainOptions:
         default=None,
         auto="dino: 0.04 0.04",
         above=0,
-        metavar="T",
+        metavar="FIRST LAST",
     )
     teacher_temperature_epochs: float | None = option(
         "passes that this warm-up takes", default=None, auto="dino: a tenth of the run", low=0, metavar="E"

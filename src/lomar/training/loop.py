@@ -336,7 +336,7 @@ class Trainer:
             self._bad += micro.bad
             self.training_step.learn(micro.inputs, last)
         lr = course.schedule.lr(progress.step) * progress.lr_factor
-        decay = course.weight_decay and course.weight_decay.lr(progress.step)
+        decay = course.weight_decay.lr(progress.step) if course.weight_decay else None
         loss, grad_norm = self.training_step.update(lr, decay)
         progress.step += 1
         if self.average:
