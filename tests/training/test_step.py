@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lomar.data.loader import MicroBatch
 from lomar.training.memory import keep_freed_memory
-from lomar.training.step import Step, on_device
+from lomar.training.step import Paced, Step, on_device
 
 
 class Squares(nn.Module):
@@ -26,10 +26,10 @@ class Squares(nn.Module):
         return losses.sum(), losses.numel()
 
 
-def step(clip_grad: float = 0.0, compiled: bool = False) -> Step:
+def step(clip_grad: float = 0.0, compiled: bool = False, clip_each: bool = False, paced: Paced | None = None) -> Step:
     method = Squares()
     fabric = Fabric(accelerator="cpu", devices=1)
-    return Step(fabric, method, torch.optim.SGD(method.parameters(), lr=0.0), 7, clip_grad, compiled)
+    return Step(fabric, method, torch.optim.SGD(method.parameters(), lr=0.0), 7, clip_grad, compiled, clip_each, paced)
 
 
 @pytest.mark.parametrize("sizes", [[7], [4, 3], [1] * 7])
@@ -52,6 +52,76 @@ def test_an_update_is_that_of_the_mean_loss(sizes: list[int], clip_grad: float) 
     torch.testing.assert_close([p.detach() for p in taken.method.parameters()], expected)
     torch.testing.assert_close(loss, (total / count).double().detach())
     torch.testing.assert_close(grad_norm.float(), norm)
+
+
+def test_each_tensors_gradient_is_clipped_by_its_own_norm_if_asked_for() -> None:
+    """As DINO does: of two tensors the one that is short enough stays as it is."""
+    pixels = torch.randn(7, 5)
+    plain = Squares()
+    total, count = plain(pixels)
+    gradients = torch.autograd.grad(total / count, list(plain.parameters()))
+    norms = [float(g.norm()) for g in gradients]
+    limit = sum(norms) / 2  # between the two
+    assert min(norms) < limit < max(norms)
+    expected = [
+        (p - 0.1 * g * min(1.0, limit / norm)).detach()
+        for p, g, norm in zip(plain.parameters(), gradients, norms, strict=True)
+    ]
+    taken = step(limit, clip_each=True)
+    taken.learn({"pixels": pixels})
+    _, grad_norm = taken.update(lr=0.1)
+    torch.testing.assert_close([p.detach() for p in taken.method.parameters()], expected)
+    torch.testing.assert_close(grad_norm.float(), torch.cat([g.flatten() for g in gradients]).norm())
+
+
+def test_weight_decay_changes_where_there_is_any() -> None:
+    taken = step()
+    weight, bias = taken.method.linear.parameters()
+    taken.optimizer = torch.optim.SGD(
+        [{"params": [weight], "weight_decay": 0.5}, {"params": [bias], "weight_decay": 0.0}], lr=0.0
+    )
+    taken.learn({"pixels": torch.zeros(7, 5)})
+    before = weight.detach().clone()
+    taken.update(lr=0.1, weight_decay=0.25)
+    assert [group["weight_decay"] for group in taken.optimizer.param_groups] == [0.25, 0.0]
+    torch.testing.assert_close(weight.detach(), before * (1 - 0.1 * 0.25))
+
+
+class Following:
+    """Notes what it is called for, and lets a parameter keep its value."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.bias: nn.Parameter | None = None
+
+    def begin(self, step: int) -> None:
+        self.calls.append(f"begin {step}")
+
+    def before_update(self) -> None:
+        assert self.bias is not None
+        assert self.bias.grad is not None
+        self.bias.grad = None
+        self.calls.append("before")
+
+    def after_update(self) -> dict[str, Tensor]:
+        self.calls.append("after")
+        return {"number": torch.tensor(2.0)}
+
+    def trouble(self, numbers: object) -> str:
+        return ""
+
+
+def test_a_method_that_has_more_to_do_is_called_around_an_update() -> None:
+    paced = Following()
+    taken = step(paced=paced)
+    paced.bias = taken.method.linear.bias
+    before = taken.method.linear.bias.detach().clone()
+    taken.begin(4)
+    taken.learn({"pixels": torch.randn(7, 5)})
+    taken.update(lr=0.1)
+    assert paced.calls == ["begin 4", "before", "after"]
+    assert torch.equal(taken.method.linear.bias, before)
+    assert taken.numbers == {"number": torch.tensor(2.0)}
 
 
 def test_one_update_knows_nothing_of_the_one_before() -> None:

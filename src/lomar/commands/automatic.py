@@ -271,7 +271,7 @@ def _epochs(count: int, gpu: bool) -> tuple[float, str]:
     return epochs, f"{round(epochs * count):,} crops in all"
 
 
-def micro_batch(per_image_bytes: int, fixed_bytes: int, share: int, hw: Hardware) -> Choice:
+def micro_batch(per_image_bytes: int, fixed_bytes: int, share: int, hw: Hardware, whole: bool = False) -> Choice:
     """Images per forward pass: the largest even split of a process's share that fits half of the free memory.
 
     Args:
@@ -279,10 +279,11 @@ def micro_batch(per_image_bytes: int, fixed_bytes: int, share: int, hw: Hardware
         fixed_bytes: weights, gradients and optimiser state.
         share: images of a step that one process handles.
         hw: where the run computes.
+        whole: whether a split costs more than that, since each part is worked out twice.
     """
     room = max(1, (hw.memory_bytes // 2 - fixed_bytes) // max(1, per_image_bytes))
     # Beyond this a larger pass is no faster: a GPU is full, a processor's caches are not helped.
-    most = 256 if hw.device == "cuda" else 16
+    most = share if whole else 256 if hw.device == "cuda" else 16
     passes = math.ceil(share / max(1, min(room, most)))
     kept = f"{per_image_bytes / 1e6:.0f} MB each, {hw.memory_bytes / 1e9:.0f} GB free"
     return Choice(math.ceil(share / passes), f"{passes} forward pass{'es' * (passes > 1)} a step; {kept}")

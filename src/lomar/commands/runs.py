@@ -293,6 +293,7 @@ def fitting_micro_batch(
     batch_size: int,
     hardware: Hardware,
     again: Callable[[int], int] | None = None,
+    whole: bool = False,
 ) -> Choice:
     """Images per forward pass: what one image keeps is measured, as the difference of two images and one.
 
@@ -302,11 +303,12 @@ def fitting_micro_batch(
         batch_size: images of a step, over all processes.
         hardware: where the run computes.
         again: count of images -> bytes of what the backward pass works out again at a time.
+        whole: as for `micro_batch`.
     """
     share = -(-batch_size // launched().count)
     with as_fused() if hardware.device == "cuda" else nullcontext():
         an_image = sum(each(2) - each(1) for each in (kept, again) if each)
-    return micro_batch(an_image, TRAINED_BYTES * weights, share, hardware)
+    return micro_batch(an_image, TRAINED_BYTES * weights, share, hardware, whole)
 
 
 def kept_by_a_block(

@@ -135,9 +135,10 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
     Raises:
         UserError: something is missing, wrong, or does not fit the rest.
     """
-    recipe = _recipe(asked.get("method", "lomar"))
+    method = asked.get("method", fields_of(PretrainOptions)["method"].default)
+    recipe = _recipe(method)
     wanted = set(asked)
-    asked = merged(recipe.options, asked)
+    asked = merged(dict(recipe.options) | {"method": method}, asked)
     if "data" not in asked:
         raise UserError("--data is missing: a folder of images, a .txt file of paths, or 'sample'")
     check_new(run, asked)
@@ -450,7 +451,8 @@ def _micro_batch(settled: Settled) -> Choice:
     weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
     a_block = kept_by_a_block(kept, method.set_grad_checkpointing, len(method.encoder.blocks))
     again = a_block if options.grad_checkpointing else None
-    return fitting_micro_batch(kept, weights, options.batch_size, settled.hardware, again)
+    whole = isinstance(method, TwoView) and method.whole_share
+    return fitting_micro_batch(kept, weights, options.batch_size, settled.hardware, again, whole)
 
 
 def _kept_by_windows(method: MaskedReconstruction, settled: Settled, images: int) -> int:

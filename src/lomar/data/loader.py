@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -280,7 +280,7 @@ def batches_of(
     Args:
         source: the images.
         dataset: order of the images and the last slot of this process's share -> what turns lists of `SampleKey` into
-            micro-batches; must be picklable.
+            micro-batches, which must be picklable.
         seed: of the run.
         batch_size: samples of a global batch, over all processes.
         micro_batch: most samples of a micro-batch.
@@ -312,7 +312,15 @@ def pretraining_batches(
     patch_size_px: int,
     view_size: tuple[int, int],
     seed: int,
-    **stream: Any,
+    batch_size: int,
+    micro_batch: int,
+    first_batch: int,
+    total_batches: int,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    shuffle_gb: float = POOLED_GB,
 ) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of windows.
 
@@ -323,8 +331,8 @@ def pretraining_batches(
         plan: how images are cropped.
         patch_size_px: side of a patch.
         view_size: (rows, columns) of a window in patches.
-        seed: of the run.
-        stream: which part of the stream, and how it is read; as for `batches_of`.
+        seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory, shuffle_gb: as
+            for `batches_of`.
 
     Raises:
         UserError: one bad file after another.
@@ -334,7 +342,15 @@ def pretraining_batches(
         source,
         lambda order, last: _CropWindows(source, order, fmt, draw, plan, patch_size_px, view_size, seed, last),
         seed=seed,
-        **stream,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        first_batch=first_batch,
+        total_batches=total_batches,
+        workers=workers,
+        rank=rank,
+        world_size=world_size,
+        pin_memory=pin_memory,
+        shuffle_gb=shuffle_gb,
     )
 
 

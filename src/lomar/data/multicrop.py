@@ -2,7 +2,6 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch.utils.data import Dataset
 from lomar.data.augment import random_resized_crop
 from lomar.data.decode import Image, PixelFormat
 from lomar.data.loader import Draw, MicroBatch, SampleKey, batches_of, readable_sample
-from lomar.data.order import Order
+from lomar.data.order import POOLED_GB, Order
 from lomar.data.sources import ImageSource
 
 Scale = tuple[float, float]
@@ -85,7 +84,21 @@ class _ManyCrops(Dataset[MicroBatch]):
 
 
 def multicrop_batches(
-    source: ImageSource, fmt: PixelFormat, draw: Draw, *, plan: MultiCropPlan, seed: int, **stream: Any
+    source: ImageSource,
+    fmt: PixelFormat,
+    draw: Draw,
+    *,
+    plan: MultiCropPlan,
+    seed: int,
+    batch_size: int,
+    micro_batch: int,
+    first_batch: int,
+    total_batches: int,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    shuffle_gb: float = POOLED_GB,
 ) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of crops.
 
@@ -97,13 +110,24 @@ def multicrop_batches(
         fmt: what their pixels become.
         draw: what else is random about a sample; must be picklable.
         plan: how images are cropped.
-        seed: of the run.
-        stream: which part of the stream, and how it is read; as for `lomar.data.loader.batches_of`.
+        seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory, shuffle_gb: as
+            for `lomar.data.loader.batches_of`.
 
     Raises:
         UserError: one bad file after another.
         ValueError: fewer samples in a batch than processes.
     """
     return batches_of(
-        source, lambda order, last: _ManyCrops(source, order, fmt, draw, plan, seed, last), seed=seed, **stream
+        source,
+        lambda order, last: _ManyCrops(source, order, fmt, draw, plan, seed, last),
+        seed=seed,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        first_batch=first_batch,
+        total_batches=total_batches,
+        workers=workers,
+        rank=rank,
+        world_size=world_size,
+        pin_memory=pin_memory,
+        shuffle_gb=shuffle_gb,
     )

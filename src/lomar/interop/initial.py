@@ -11,15 +11,17 @@ from lomar.errors import UserError
 from lomar.interop.weights import load_most
 from lomar.methods.architectures import Architecture, EncoderDecoder
 from lomar.methods.reconstruction import MaskedReconstruction
+from lomar.methods.two_view import TwoView
 from lomar.model import SIZES, Encoder
 from lomar.model.positions import RelativeBias
 from lomar.model.transformer import Transformer
 
 
-def initialise(method: MaskedReconstruction, path: str | Path) -> list[str]:
+def initialise(method: MaskedReconstruction | TwoView, path: str | Path) -> list[str]:
     """Copy into a method what a file has for it; tables of positions are resized to the method's grid.
 
-    The encoder must fit. A decoder is taken whole or not at all, mask token and head where their shape allows it.
+    The encoder must fit. A decoder is taken whole or not at all, mask token and head where their shape allows it. Where
+    a method has a teacher, both of its encoders begin with the file's, and heads stay fresh.
 
     Args:
         method: changed in place.
@@ -33,15 +35,22 @@ def initialise(method: MaskedReconstruction, path: str | Path) -> list[str]:
     """
     source, mean, std = load_most(path)
     theirs, encoder = _parts(source)
-    ours = method.architecture.encoder if theirs is encoder else method.architecture
-    _check_encoder(path, encoder, method.architecture.encoder)
-    resized = match_grids(theirs, ours)
-    given = {("architecture.encoder." if theirs is encoder else "") + n: t for n, t in source.state_dict().items()}
-    own = method.state_dict()
-    fitting = {name for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
-    if not _same_decoder(theirs, method.architecture):
-        fitting = {name for name in fitting if not name.startswith("architecture.decoder")}
-    method.load_state_dict({name: given[name] for name in fitting}, strict=False)
+    _check_encoder(path, encoder, method.encoder)
+    if isinstance(method, TwoView):
+        resized = match_grids(encoder, method.encoder)
+        given = encoder.state_dict()
+        own = method.encoder.state_dict()
+        fitting = {name for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
+        for tower in (method.student, method.teacher):
+            tower.encoder.load_state_dict({name: given[name] for name in fitting}, strict=False)
+    else:
+        resized = match_grids(theirs, method.encoder if theirs is encoder else method.architecture)
+        given = {("architecture.encoder." if theirs is encoder else "") + n: t for n, t in source.state_dict().items()}
+        own = method.state_dict()
+        fitting = {name for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
+        if not _same_decoder(theirs, method.architecture):
+            fitting = {name for name in fitting if not name.startswith("architecture.decoder")}
+        method.load_state_dict({name: given[name] for name in fitting}, strict=False)
     lines = [f"--init {path}: {len(fitting)} of {len(given)} tensors taken"]
     for what, names in {
         "resized to this grid": resized,

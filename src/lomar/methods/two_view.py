@@ -23,7 +23,8 @@ from lomar.seeding import seeded
 
 LARGE_CROPS = 2  # of an image
 CENTRE_MOMENTUM = 0.9
-COLLAPSED = 0.02  # deviation of features
+# Of features and outputs, below which all images look alike; a healthy run may begin so, and leaves it soon.
+LEAST_DEVIATION, LEAST_ENTROPY, COLLAPSED_STEPS = 0.05, 0.01, 50
 BOTTLENECK = 256  # width of what DINO compares with its prototypes
 
 
@@ -161,6 +162,7 @@ class TwoView(nn.Module):
         self.at_once = 0  # images that go through the encoder at a time; 0 is all
         self.step, self.total_steps, self.steps_per_epoch = 0, 1, 1.0
         self._numbers: Numbers | None = None
+        self._collapsed_steps = 0
 
     @property
     def encoder(self) -> Encoder:
@@ -185,12 +187,16 @@ class TwoView(nn.Module):
         return numbers
 
     def trouble(self, numbers: Mapping[str, float]) -> str:
-        """What is wrong with the numbers of a step; "" if nothing."""
-        if numbers["feature_deviation"] >= COLLAPSED or self.step < self.steps_per_epoch:
+        """What is wrong, if the numbers of the last steps tell of a collapse; "" if not."""
+        deviation, entropy = numbers["feature_deviation"], numbers["output_entropy"]
+        alike = deviation < LEAST_DEVIATION or entropy < LEAST_ENTROPY
+        self._collapsed_steps = self._collapsed_steps + 1 if alike else 0
+        if self._collapsed_steps < COLLAPSED_STEPS or numbers["step"] < self.steps_per_epoch:
             return ""
         return (
-            f"all images have nearly the same features (deviation {numbers['feature_deviation']:.3f} of 1): the method "
-            "has collapsed; take a lower --base-lr, or a larger --batch-size"
+            f"for {self._collapsed_steps} steps all images have looked nearly alike (deviation of features "
+            f"{deviation:.3f} of 1, entropy of outputs {entropy:.3f}): the method has collapsed; "
+            "take a lower --base-lr, or a larger --batch-size"
         )
 
     def draw(self, seed: int) -> CropChanges:

@@ -1,0 +1,93 @@
+"""Claims about several crops of an image."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lomar.data.augment import random_resized_crop
+from lomar.data.decode import PixelFormat, read_image
+from lomar.data.loader import MicroBatch, SampleKey
+from lomar.data.multicrop import MultiCropPlan, multicrop_batches
+from lomar.data.opening import open_source
+from lomar.seeding import seeded
+
+PLAN = MultiCropPlan(20, (0.4, 1.0), local_crops=3, local_px=7, local_scale=(0.05, 0.4))
+Read = Callable[..., list[MicroBatch]]
+
+
+def nothing(key: SampleKey) -> dict[str, torch.Tensor]:
+    return {"key": torch.tensor([key.epoch, key.index])}
+
+
+@pytest.fixture
+def read(photos: Path) -> Read:
+    def batches(plan: MultiCropPlan = PLAN, **changes: int) -> list[MicroBatch]:
+        settings = {"batch_size": 4, "micro_batch": 4, "first_batch": 0, "total_batches": 3, "workers": 0} | changes
+        return list(
+            multicrop_batches(open_source(str(photos)), PixelFormat(3, "uint8"), nothing, plan=plan, seed=5, **settings)
+        )
+
+    return batches
+
+
+def test_crops_are_those_of_the_boxes_that_a_sample_draws_each_mirrored_by_its_own_chance(
+    read: Read, photos: Path
+) -> None:
+    batch = read()[0]
+    assert batch.inputs["crops"].shape == (4, 2, 3, 20, 20) and batch.inputs["local_crops"].shape == (4, 3, 3, 7, 7)
+    fmt = PixelFormat(3, "uint8")
+    mirrored = []
+    for place, name in enumerate(batch.names):
+        image = read_image((photos / name).read_bytes(), name)
+        epoch, index = batch.inputs["key"][place].tolist()
+        chance = seeded(5, epoch, index, "crop")
+        for kind, count, side, scale in (("crops", 2, 20, (0.4, 1.0)), ("local_crops", 3, 7, (0.05, 0.4))):
+            for number in range(count):
+                box = random_resized_crop(image.height, image.width, scale, generator=chance)
+                crop = image.crop(box, (side, side), fmt)
+                mirrored.append(torch.rand(1, generator=chance).item() < 0.5)
+                crop = crop[:, :, ::-1] if mirrored[-1] else crop
+                np.testing.assert_array_equal(batch.inputs[kind][place, number], crop)
+    assert 0 < sum(mirrored) < len(mirrored)
+
+
+def test_batches_are_the_same_in_any_parts_from_any_step_and_of_any_number_of_processes(read: Read) -> None:
+    whole = [batch.inputs["local_crops"] for batch in read()]
+    in_parts = read(micro_batch=3)
+    assert [batch.last for batch in in_parts] == [False, True] * 3
+    assert torch.equal(torch.cat([batch.inputs["local_crops"] for batch in in_parts]), torch.cat(whole))
+    assert torch.equal(read(first_batch=2)[0].inputs["local_crops"], whole[2])
+    shares = [read(rank=rank, world_size=2) for rank in (0, 1)]
+    for step, expected in enumerate(whole):
+        assert torch.equal(torch.cat([share[step].inputs["local_crops"] for share in shares]), expected)
+    assert torch.equal(read(workers=2)[1].inputs["crops"], read()[1].inputs["crops"])
+
+
+def test_without_small_crops_there_are_none(read: Read) -> None:
+    batch = read(MultiCropPlan(20, (0.08, 1.0)))[0]
+    assert set(batch.inputs) == {"crops", "key"}
+
+
+def test_a_damaged_file_is_replaced_and_told(photos: Path, tmp_path: Path) -> None:
+    for path in (photos / "red").iterdir():
+        Image.open(path).save(tmp_path / path.name)
+    (tmp_path / "0.png").write_bytes(b"no image")
+    batches = multicrop_batches(
+        open_source(str(tmp_path)),
+        PixelFormat(3, "uint8"),
+        nothing,
+        plan=PLAN,
+        seed=5,
+        batch_size=4,
+        micro_batch=4,
+        first_batch=0,
+        total_batches=1,
+        workers=0,
+    )
+    (batch,) = list(batches)
+    assert len(batch.bad) == 1 and batch.bad[0][0].endswith("0.png")
+    assert len(batch.names) == 4 and not any(name.endswith("0.png") for name in batch.names)

@@ -1,0 +1,295 @@
+"""Claims about DINO and MoCo v3: their losses, what learns, what follows, and what tells a collapse."""
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lomar.data.loader import SampleKey
+from lomar.methods.composition import TwoViewComposition
+from lomar.methods.heads import PrototypeHead, batch_normed_mlp
+from lomar.methods.recipes import RECIPES, compose
+from lomar.methods.two_view import DINO, MoCoV3, TwoView
+from lomar.training.optim import adamw
+
+SMALL = {"model": "16x2x2", "image_size": 28, "patch_size": 7, "batch_size": 4, "head_width": 11, "head_outputs": 13}
+LOCAL = {"local_crops": 3, "local_size": 14}
+
+
+def made(method: str, **changes: Any) -> TwoView:
+    recipe = RECIPES[method]
+    values = {"method": method, "mean": (0.5,) * 3, "std": (0.25,) * 3} | dict(recipe.full) | dict(recipe.options)
+    values |= SMALL | (LOCAL if method == "dino" else {}) | changes
+    composition = compose(values, 0, scale=255.0)
+    assert isinstance(composition, TwoViewComposition)
+    torch.manual_seed(0)
+    return composition.build()
+
+
+def batch(method: TwoView, images: int = 4, first: int = 0) -> dict[str, Tensor]:
+    draws = [method.draw(seed=0)(SampleKey(0, index, 0, index)) for index in range(first, first + images)]
+    inputs = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+    chance = torch.Generator().manual_seed(first)
+    inputs["crops"] = torch.randint(0, 256, (images, 2, 3, 28, 28), dtype=torch.uint8, generator=chance)
+    if isinstance(method, DINO):
+        inputs["local_crops"] = torch.randint(0, 256, (images, 3, 3, 14, 14), dtype=torch.uint8, generator=chance)
+    return inputs
+
+
+def learnt(method: TwoView, steps: int, lr: float = 1e-2) -> list[dict[str, float]]:
+    """Some steps as the training loop makes them; the numbers of each."""
+    optimizer = adamw(method, 0.0, (0.9, 0.95))
+    method.set_course(steps, steps_per_epoch=5)
+    found = []
+    for step in range(steps):
+        method.begin(step)
+        losses, count = method(**batch(method, first=4 * step))
+        (losses / count).backward()
+        method.before_update()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append({name: float(each) for name, each in method.after_update().items()})
+    return found
+
+
+def test_dinos_loss_of_three_vectors_is_that_worked_out_by_hand() -> None:
+    """Two large crops and a small one, two prototypes. Centre (0.1, 0); both temperatures such that odds are simple.
+
+    Teacher: outputs (0.1 + T ln 3, 0) and (0.1, 0) -> (3/4, 1/4) and (1/2, 1/2). Student: t ln of (1/2, 1/2),
+    (1/5, 4/5), (1/4, 3/4). Pairs of different crops: first large with second and small, second with first and small.
+    """
+    method = made("dino", teacher_temperature=(0.5, 0.5), temperature=0.25)
+    assert isinstance(method, DINO)
+    method.centre = torch.tensor([[0.1, 0.0]])
+    teacher = torch.tensor([[[0.1 + 0.5 * math.log(3), 0.0], [0.1, 0.0]]])
+    student = 0.25 * torch.tensor([[[0.5, 0.5], [0.2, 0.8], [0.25, 0.75]]]).log()
+    expected = -(
+        (0.75 * math.log(0.2) + 0.25 * math.log(0.8))
+        + (0.75 * math.log(0.25) + 0.25 * math.log(0.75))
+        + math.log(0.5)
+        + (0.5 * math.log(0.25) + 0.5 * math.log(0.75))
+    )
+    loss, entropy = method.loss(teacher, student)
+    torch.testing.assert_close(loss, torch.tensor([expected / 4]))
+    torch.testing.assert_close(entropy, torch.tensor([[0.75 * math.log(4 / 3) + 0.25 * math.log(4), math.log(2)]]))
+
+
+def test_mocos_loss_of_three_vectors_is_that_worked_out_by_hand() -> None:
+    """Queries along axes at any length; keys along the first, the first, the second. Cosines 1 or 0, T = 1 / ln 2."""
+    method = made("mocov3", temperature=1 / math.log(2))
+    assert isinstance(method, MoCoV3)
+    query = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 1.0]])
+    key = torch.tensor([[1.0, 0.0], [5.0, 0.0], [0.0, 0.5]])
+    loss, entropy = method.loss(query, key)
+    # softmax over 2^cosine: (2, 2, 1) / 5 with its own 2; (1, 1, 2) / 4 with its own 1; (1, 1, 2) / 4 with its own 2
+    expected = torch.tensor([2 / 5, 1 / 4, 2 / 4]).log() * -2 / math.log(2)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(entropy[1], torch.tensor(2 * 0.25 * math.log(4) + 0.5 * math.log(2)))
+
+
+@pytest.mark.parametrize("name", ["dino", "mocov3"])
+def test_every_trained_parameter_gets_a_gradient_and_no_other(name: str) -> None:
+    method = made(name, drop_path=0.0)
+    losses, _ = method(**batch(method))
+    losses.backward()
+    trained = {n for n, p in method.named_parameters() if p.requires_grad}
+    with_gradient = {n for n, p in method.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    # what a batch norm takes away again, and keys' biases, which a softmax does not see, learn from rounding alone
+    assert with_gradient == trained
+    assert not any(n.startswith("teacher.") for n in trained)
+    frozen = {n for n in trained if "patch_embed" in n}
+    assert bool(frozen) == (name == "dino")
+
+
+@pytest.mark.parametrize("name", ["dino", "mocov3"])
+def test_the_teacher_moves_by_the_average_alone(name: str) -> None:
+    """By m t + (1 - m) s of the weights it follows; DINO after the update, MoCo v3 before the keys."""
+    method = made(name, momentum=0.75)
+    method.set_course(8, steps_per_epoch=8)
+    optimizer = adamw(method, 0.0, (0.9, 0.95))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for step in range(3):
+        before = copy.deepcopy(dict(method.teacher.named_parameters()))
+        leading = copy.deepcopy(dict(method.student.named_parameters()))
+        method.begin(step)
+        losses, _ = method(**batch(method))
+        losses.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if name == "dino":
+            leading = copy.deepcopy(dict(method.student.named_parameters()))
+        method.after_update()
+        m = 1 - 0.25 * (1 + math.cos(math.pi * step / 8)) / 2
+        for key, weight in method.teacher.named_parameters():
+            torch.testing.assert_close(weight, m * before[key] + (1 - m) * leading[key])
+    assert any(
+        not torch.equal(a, b) for a, b in zip(method.teacher.parameters(), method.student.parameters(), strict=True)
+    )
+
+
+def test_the_momentum_rises_from_its_start_to_one() -> None:
+    method = made("dino", momentum=0.9)
+    method.set_course(10, steps_per_epoch=5)
+    assert method.momentum_at(0) == pytest.approx(0.9)
+    assert method.momentum_at(5) == pytest.approx(0.95)
+    assert method.momentum_at(10) == pytest.approx(1.0)
+
+
+def test_both_begin_as_one_and_dino_gives_the_teacher_away_moco_the_learner() -> None:
+    for name in ("dino", "mocov3"):
+        method = made(name)
+        for own, followed in zip(method.student.parameters(), method.teacher.parameters(), strict=True):
+            assert torch.equal(own, followed)
+        assert method.encoder is (method.teacher if name == "dino" else method.student).encoder
+        assert method.teacher.encoder.drop_path_rate == 0
+
+
+def test_the_centre_is_the_average_of_the_teachers_outputs_whatever_the_micro_batches() -> None:
+    whole, parts = made("dino", drop_path=0.0), made("dino", drop_path=0.0)
+    assert isinstance(whole, DINO) and isinstance(parts, DINO)
+    inputs = batch(whole)
+    with torch.no_grad():
+        large = whole.seen(inputs["crops"], inputs["distortions"][:, :2])
+        mean = whole.teacher.head(whole.teacher.features(large)).mean(dim=0, keepdim=True)
+    losses = whole(**inputs)[0]
+    in_parts = sum(parts(**{n: each[i : i + 2] for n, each in inputs.items()})[0] for i in (0, 2))
+    torch.testing.assert_close(losses, in_parts)
+    numbers = [method.after_update() for method in (whole, parts)]
+    torch.testing.assert_close(whole.centre, 0.1 * mean)
+    torch.testing.assert_close(parts.centre, whole.centre)
+    torch.testing.assert_close(numbers[0], numbers[1])
+
+
+def test_a_micro_batch_bounds_what_goes_through_the_encoder_and_changes_nothing() -> None:
+    """MoCo v3 compares a whole batch: pieces of it are worked out again in the backward pass, and give its gradient."""
+    gradients = []
+    for at_once in (0, 3):
+        method = made("mocov3", drop_path=0.3)
+        method.at_once = at_once
+        losses, _ = method(**batch(method, images=8))
+        losses.backward()
+        gradients.append({n: p.grad for n, p in method.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_teachers_temperature_rises_over_its_epochs_and_stays() -> None:
+    method = made("dino", teacher_temperature=(0.04, 0.08), teacher_temperature_epochs=2)
+    assert isinstance(method, DINO)
+    method.set_course(100, steps_per_epoch=10)
+    found = []
+    for step in (0, 5, 10, 20, 99):
+        method.begin(step)
+        found.append(method.sharpness)
+    assert found == pytest.approx([0.04, 0.05, 0.06, 0.08, 0.08])
+
+
+def test_prototypes_stay_as_they_are_while_they_are_frozen() -> None:
+    method = made("dino", freeze_last_layer=0.5)
+    head = method.student.head
+    assert isinstance(head, PrototypeHead)
+    began = head.prototypes.detach().clone()
+    method.set_course(4, steps_per_epoch=4)
+    optimizer = adamw(method, 0.1, (0.9, 0.95))
+    for step in range(3):
+        method.begin(step)
+        method(**batch(method))[0].backward()
+        method.before_update()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_update()
+        assert torch.equal(head.prototypes, began) == (step < 2)
+
+
+def test_the_numbers_tell_spread_features_from_equal_ones() -> None:
+    """Of unit vectors along axes, each channel varies as much as it can; equal ones do not vary."""
+    method = made("dino")
+    method.note(torch.cat([torch.eye(16), -torch.eye(16)]), torch.full((32,), 2.0))
+    found = TwoView.after_update(method)
+    assert float(found["feature_deviation"]) == pytest.approx(1.0)
+    assert float(found["output_entropy"]) == 2.0
+    method.note(torch.ones(5, 16), torch.tensor([1.0, 3.0, 1.0, 3.0, 2.0]))
+    found = TwoView.after_update(method)
+    assert float(found["feature_deviation"]) == pytest.approx(0.0, abs=1e-3)
+    assert float(found["output_entropy"]) == 2.0
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_dino_without_its_centre_collapses_and_the_numbers_tell(monkeypatch: pytest.MonkeyPatch, centred: bool) -> None:
+    if not centred:
+        monkeypatch.setattr("lomar.methods.two_view.CENTRE_MOMENTUM", 1.0)
+    method = made("dino", drop_path=0.0, momentum=0.9, freeze_last_layer=0)
+    told = [method.trouble({"step": step} | numbers) for step, numbers in enumerate(learnt(method, 75))]
+    assert any(told) == (not centred)
+    assert centred or "for 50 steps all images have looked nearly alike" in next(filter(None, told))
+
+
+def test_a_collapse_is_told_after_an_epoch_and_many_steps_of_it() -> None:
+    method = made("dino")
+    method.set_course(1000, steps_per_epoch=80)
+    alike = {"feature_deviation": 0.001, "output_entropy": 1.0}
+    told = [bool(method.trouble({"step": step} | alike)) for step in range(100)]
+    assert told == [False] * 80 + [True] * 20
+    assert method.trouble({"step": 100, "feature_deviation": 0.3, "output_entropy": 1.0}) == ""
+    assert method.trouble({"step": 101} | alike) == ""
+
+
+@pytest.mark.parametrize("position", ["contextual", "sincos", "learned", "none"])
+@pytest.mark.parametrize("name", ["dino", "mocov3"])
+def test_any_position_will_do(name: str, position: str) -> None:
+    """Small crops have fewer patches: tables of positions are resized to them."""
+    method = made(name, position=position)
+    losses, count = method(**batch(method))
+    assert count == 4 and losses.isfinite()
+    images = torch.rand(2, 3, 28, 28)
+    assert method.encoder(images).shape == (2, 16)
+    torch.testing.assert_close(method.encoder(images), method.encoder.forward_features(images)[:, 0])
+
+
+def test_drop_path_is_the_samples_own() -> None:
+    method = made("mocov3", drop_path=0.5)
+    drawn = method.draw(seed=3)(SampleKey(1, 2, 3, 4))
+    assert drawn["paths"].shape == (2, 2, 2)
+    torch.testing.assert_close(drawn, method.draw(seed=3)(SampleKey(1, 2, 9, 0)))
+    assert not torch.equal(drawn["distortions"], method.draw(seed=3)(SampleKey(2, 2, 3, 4))["distortions"])
+
+
+def test_prototypes_are_compared_by_their_direction_alone() -> None:
+    head = PrototypeHead(5, 7, 3, 11)
+    x = torch.randn(2, 5)
+    before = head(x)
+    with torch.no_grad():
+        head.prototypes.mul_(torch.rand(11, 1) + 0.5)
+    torch.testing.assert_close(head(x), before)
+    assert before.abs().max() <= 1
+
+
+def test_mocos_heads_have_the_released_layers() -> None:
+    """SPEC D.2: linear without bias, batch norm, ReLU; the last norm has no weights."""
+    projector = batch_normed_mlp(6, 10, 4, layers=3)
+    kinds = [type(layer).__name__ for layer in projector]
+    assert kinds == ["Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm"]
+    linear = [layer for layer in projector if isinstance(layer, nn.Linear)]
+    assert [(each.in_features, each.out_features, each.bias) for each in linear] == [
+        (6, 10, None),
+        (10, 10, None),
+        (10, 4, None),
+    ]
+    assert projector[-1].weight is None
+    assert [type(layer).__name__ for layer in batch_normed_mlp(4, 10, 4, layers=2)].count("Linear") == 2
+
+
+def test_plain_values_rebuild_a_composition() -> None:
+    composition = RECIPES["dino"].composition("dino")
+    assert isinstance(composition, TwoViewComposition)
+    assert TwoViewComposition.from_dict(composition.to_dict()) == composition
+    assert replace(composition, image_size=112).grid == (7, 7)
+    assert composition.local_grid == (6, 6)
