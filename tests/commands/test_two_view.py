@@ -56,7 +56,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     course: Course,
     method: str,
 ) -> None:
-    """With teacher, centre, momenta, temperatures, decay and the freezing of prototypes, which all depend on the step."""
+    """With teacher, centre, momenta, temperatures, decay and freezing of prototypes, which all depend on the step."""
     length = "--max-steps 6 --checkpoint-steps 2"
     if method == "dino":
         length += " --freeze-last-layer 1 --teacher-temperature 0.04 0.08 --teacher-temperature-epochs 2"
@@ -85,9 +85,8 @@ def test_two_processes_give_the_losses_and_weights_of_one(
     np.testing.assert_allclose(np.array(course(run)), np.array(course(tmp_path / "one")), rtol=1e-3)
     ends = [last_state(each)["model"] for each in (run, tmp_path / "one")]
     for name, weights in ends[1].items():
-        loose = (
-            5e-3 if name.endswith("qkv.bias") else 2e-4
-        )  # keys' biases, which a softmax does not see, learn rounding
+        # A softmax does not see keys' biases, nor batch norm what is added before it: they learn from rounding.
+        loose = 5e-3 if name.endswith(("qkv.bias", "encoder.norm.bias")) else 2e-4
         np.testing.assert_allclose(ends[0][name], weights, rtol=1e-2, atol=loose, err_msg=name)
 
 

@@ -129,9 +129,8 @@ def test_the_teacher_moves_by_the_average_alone(name: str) -> None:
         m = 1 - 0.25 * (1 + math.cos(math.pi * step / 8)) / 2
         for key, weight in method.teacher.named_parameters():
             torch.testing.assert_close(weight, m * before[key] + (1 - m) * leading[key])
-    assert any(
-        not torch.equal(a, b) for a, b in zip(method.teacher.parameters(), method.student.parameters(), strict=True)
-    )
+    pairs = zip(method.teacher.parameters(), method.student.parameters(), strict=True)
+    assert any(not torch.equal(own, followed) for own, followed in pairs)
 
 
 def test_the_momentum_rises_from_its_start_to_one() -> None:

@@ -228,7 +228,7 @@ class TwoView(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """The encoders alone: what is between is little work, and talks to other processes."""
         for tower in (self.student, self.teacher):
-            tower.features = torch.compile(tower.features, *args, **kwargs)
+            tower.features = torch.compile(tower.features, *args, **kwargs)  # type: ignore[method-assign]
 
     def note(self, features: Tensor, entropy: Tensor) -> None:
         """Remember what tells a collapse, over the micro-batches of a step."""
@@ -355,7 +355,7 @@ class DINO(TwoView):
     def before_update(self) -> None:
         """While they are frozen, the prototypes have no gradient."""
         if self.step < self.frozen_epochs * self.steps_per_epoch:
-            self.student.head.prototypes.grad = None  # type: ignore[union-attr]
+            self.student.head.prototypes.grad = None
 
     def after_update(self) -> dict[str, Tensor]:
         """The teacher follows, and so does the centre the mean of its outputs."""
