@@ -1,4 +1,4 @@
-"""Checkpoints as LoMaR, MAE and BEiT released them, at any size: names and shapes from SPEC.md, A.11, B.8 and C.7."""
+"""Checkpoints as they were released, at any size: names and shapes from SPEC.md, A.11, B.8, C.7, D.1 and D.2."""
 
 import re
 from collections.abc import Iterable
@@ -102,6 +102,59 @@ def beit(
     return filled(shapes) | {name: bias_index(grid) for name in index}
 
 
+def plain(
+    width: int = WIDTH,
+    depth: int = DEPTH,
+    patch: int = PATCH,
+    channels: int = 3,
+    image: int = IMAGE,
+    mlp: int = 4,
+    classes: int = 0,
+) -> State:
+    """DINO's encoder (D.1); its positions are learned, so that any numbers do."""
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + (image // patch) ** 2, width)}
+    shapes |= pair("patch_embed.proj", width, channels, patch, patch) | pair("norm", width)
+    shapes |= blocks("blocks", width, depth, {"attn.qkv.bias": (3 * width,)}, mlp)
+    return filled(shapes | (pair("head", classes, width) if classes else {}))
+
+
+def moco(**sizes: int) -> State:
+    """MoCo v3's encoder (D.2): of its sines and cosines those of the row come first."""
+    state = plain(**sizes)
+    grid, width = int((state["pos_embed"].shape[1] - 1) ** 0.5), state["pos_embed"].shape[2]
+    by_column = sincos(grid, width)
+    return state | {"pos_embed": torch.cat([by_column[..., width // 2 :], by_column[..., : width // 2]], dim=-1)}
+
+
+def changed(state: State, by: float) -> State:
+    """Other numbers under the same names."""
+    return {name: tensor + by for name, tensor in state.items()}
+
+
+def prefixed(prefix: str, state: State) -> State:
+    """The state under longer names."""
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def dino_whole(**sizes: int) -> dict[str, State]:
+    """All of DINO's pretraining: a student, whose processes wrapped it, and its teacher."""
+    teacher = plain(**sizes)
+    head = {f"mlp.{i}.{kind}": torch.ones(5) for i in (0, 2, 4) for kind in ("weight", "bias")}
+    head |= {"last_layer.weight_g": torch.ones(7, 1), "last_layer.weight_v": torch.ones(7, 5)}
+    networks = prefixed("backbone.", teacher) | prefixed("head.", head)
+    return {"student": prefixed("module.", changed(networks, 0.25)), "teacher": networks}
+
+
+def moco_whole(**sizes: int) -> State:
+    """All of MoCo v3's pretraining: the encoder with its projector, their momentum's, and the predictor."""
+    norm = {"weight": torch.ones(5), "bias": torch.ones(5), "running_mean": torch.ones(5)}
+    norm |= {"running_var": torch.ones(5), "num_batches_tracked": torch.tensor(7)}
+    mlp = {"0.weight": torch.ones(5, 4), "3.weight": torch.ones(5, 5)} | prefixed("1.", norm) | prefixed("4.", norm)
+    network = moco(**sizes) | prefixed("head.", mlp)
+    momentum = prefixed("module.momentum_encoder.", changed(network, 0.25))
+    return prefixed("module.base_encoder.", network) | momentum | prefixed("module.predictor.", mlp)
+
+
 def filled(shapes: dict[str, tuple]) -> State:
     """Golden values (H): 0.5 u, the position in the alphabet choosing u, and 1 more for the weights of norms."""
     state = {}
@@ -133,6 +186,7 @@ def bias_index(grid: int) -> Tensor:
     return torch.from_numpy(index)
 
 
+SILENT = ("MAE", "DINO", "MoCo v3")  # whose tensors do not tell the heads
 ALL = {
     "LoMaR pretrained": lambda **sizes: lomar("pretrain", **sizes),
     "LoMaR fine-tuned": lambda **sizes: lomar("finetune", **sizes),
@@ -142,6 +196,8 @@ ALL = {
     "MAE fine-tuned, cls": lambda **sizes: mae("finetune-cls", **sizes),
     "BEiT pretrained": lambda **sizes: beit("pretrain", **sizes),
     "BEiT fine-tuned": lambda **sizes: beit("finetune", **sizes),
+    "DINO encoder": plain,
+    "MoCo v3 encoder": moco,
 }
 
 

@@ -93,7 +93,7 @@ def test_one_window_of_full_size_is_the_plain_transformer() -> None:
         torch.testing.assert_close(backbone.double().eval()(images), expected)
 
 
-@pytest.mark.parametrize("position", ["contextual", "sincos", "shared-bias", "block-bias", "none"])
+@pytest.mark.parametrize("position", ["contextual", "sincos", "learned", "shared-bias", "block-bias", "none"])
 def test_all_windows_at_once_are_global_attention(position: str) -> None:
     """With every position, whatever it needs to know: a window of the image's size against blocks that are global."""
     ours = filled(encoder(position).double(), fixed=("pos_embed",))
@@ -106,7 +106,7 @@ def test_all_windows_at_once_are_global_attention(position: str) -> None:
     torch.testing.assert_close(*outs)
 
 
-@pytest.mark.parametrize("position", ["contextual", "sincos", "shared-bias", "block-bias", "none"])
+@pytest.mark.parametrize("position", ["contextual", "sincos", "learned", "shared-bias", "block-bias", "none"])
 def test_without_cls_the_encoders_blocks_say_the_same(position: str) -> None:
     """The encoder's own blocks, whose attention is told of patches alone, against the backbone."""
     ours = filled(encoder(position).double().eval(), fixed=("pos_embed",))

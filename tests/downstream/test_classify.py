@@ -90,6 +90,7 @@ def test_tables_are_resized_to_a_rectangle_and_contextual_position_needs_nothing
     assert classifier_of(sines, CLASSES, size=(40, 24))[1] == notes and sines.grid == (4, 4)  # it is left as it was
     assert table is not None and classifier.pos_embed is not None and classifier.pos_embed.requires_grad
     torch.testing.assert_close(classifier.pos_embed.detach(), resize_absolute(table, (4, 4), (5, 3)))
+    assert classifier_of(encoder("learned"), CLASSES, size=(40, 24))[1] == notes
     biased = encoder("block-bias", **BEIT)
     old = biased.blocks[1].attn.rel_pos_bias.table.detach().clone()  # type: ignore[union-attr]
     classifier, _ = classifier_of(biased, CLASSES, size=(48, 40))

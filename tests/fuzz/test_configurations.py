@@ -104,7 +104,7 @@ METHOD = {
     "decoder_width": st.integers(4, 13),
     "decoder_depth": st.integers(1, 2),
     "decoder_heads": st.integers(1, 3),
-    "position": numbers("contextual", "sincos", "shared-bias", "none"),
+    "position": numbers("contextual", "sincos", "learned", "shared-bias", "none"),
     "transformer": numbers("vit", "beit"),
     "layer_scale": numbers(0.0, 0.1, 1e-5),
     "drop_path": numbers(0.0, 0.1, 0.999),

@@ -1,4 +1,4 @@
-"""Claims about the files that LoMaR, MAE and BEiT released. They are made from SPEC.md's lists of keys, not by us."""
+"""Claims about the files that were released. They are made from SPEC.md's lists of keys, not by us."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ from lomar.model import Encoder
 from lomar.model.positions import growth, resize_bias
 
 Save = Callable[..., Path]
-HEADS = {"heads": 3, "decoder_heads": 4}  # of MAE's fixtures, whose tensors do not tell
+HEADS = {"heads": 3, "decoder_heads": 4}  # of the fixtures whose tensors do not tell
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def save(tmp_path: Path) -> Save:
 
 
 def read(path: Path, name: str = "") -> Official:
-    """`read_official`, with MAE's heads where a file's name says that it is MAE's."""
+    """`read_official`, with the heads where a file's name says that its tensors do not tell them."""
     return read_official(
-        path, **{k: v for k, v in HEADS.items() if name.startswith("MAE") and (k == "heads" or "pre" in name)}
+        path, **{k: v for k, v in HEADS.items() if name.startswith(released.SILENT) and (k == "heads" or "pre" in name)}
     )
 
 
@@ -95,6 +95,8 @@ def test_a_pretrained_file_gives_the_method_of_the_golden_vectors(name: str, sav
         ("MAE fine-tuned", 152, 86_567_656),
         ("BEiT pretrained", 190, 91_965_776),
         ("BEiT fine-tuned", 211, 86_530_984),
+        ("DINO encoder", 150, 85_798_656),
+        ("MoCo v3 encoder", 150, 85_798_656),
     ],
 )
 def test_the_fixtures_are_the_released_files_in_small(
@@ -106,7 +108,8 @@ def test_the_fixtures_are_the_released_files_in_small(
     )
     monkeypatch.setattr(released, "CLASSES", 1000)
     monkeypatch.setattr(released, "VOCAB", 8192)
-    base = {"width": 768, "depth": 12, "patch": 16, "image": 224} | ({} if name.startswith("MAE") else {"heads": 12})
+    base = {"width": 768, "depth": 12, "patch": 16, "image": 224}
+    base |= {} if name.startswith(released.SILENT) else {"heads": 12}
     state = released.ALL[name](**base, **{"decoder_width": 512, "decoder_depth": 8} if name == "MAE pretrained" else {})
     assert len(state) == tensors
     assert sum(t.numel() for t in state.values() if t.is_floating_point()) == parameters
@@ -123,6 +126,8 @@ KINDS = {
     "MAE fine-tuned, cls": "MAE, fine-tuned",
     "BEiT pretrained": "BEiT, pretrained",
     "BEiT fine-tuned": "BEiT, fine-tuned",
+    "DINO encoder": "DINO, an encoder alone",
+    "MoCo v3 encoder": "MoCo v3, an encoder alone",
 }
 
 
@@ -136,7 +141,9 @@ def test_a_file_is_recognised_wherever_its_tensors_are(name: str, key: str, save
     found = read(save(state, "model" if key == "ddp" else key, **others), name)
     assert found.kind == KINDS[name]
     assert found.encoder.num_classes == (10 if "fine" in name else 0)
-    assert found.encoder.global_pool == ("token" if name.endswith("cls") else "avg")
+    assert found.encoder.global_pool == (
+        "token" if name.startswith(("DINO", "MoCo")) or name.endswith("cls") else "avg"
+    )
     assert (found.method is not None) == ("pretrained" in name)
     assert set(others) <= set(found.dropped) and not found.encoder.training
 
@@ -145,7 +152,7 @@ def test_a_file_is_recognised_wherever_its_tensors_are(name: str, key: str, save
 def test_every_dimension_is_read_off_the_tensors(name: str, save: Save) -> None:
     """Odd ones that are in no table; heads where tensors tell them."""
     sizes = {"width": 60, "depth": 3, "patch": 3, "channels": 5, "image": 33, "mlp": 3}
-    if not name.startswith("MAE"):
+    if not name.startswith(released.SILENT):
         sizes["heads"] = 5
     if name == "MAE pretrained":
         sizes |= {"decoder_width": 20, "decoder_depth": 2}
@@ -160,7 +167,7 @@ def test_every_dimension_is_read_off_the_tensors(name: str, save: Save) -> None:
         "img_size": image,
         "mlp_ratio": 3.0,
     }
-    assert made["num_heads"] == (3 if name.startswith("MAE") else 5)
+    assert made["num_heads"] == (3 if name.startswith(released.SILENT) else 5)
     composition = found.composition
     if name == "MAE pretrained":
         decoder = composition.decoder_width, composition.decoder_depth, composition.decoder_heads
@@ -347,6 +354,8 @@ def test_load_takes_released_files(name: str, save: Save) -> None:
 def test_maes_file_whose_heads_cannot_be_told_says_how_to_tell_them(save: Save) -> None:
     with pytest.raises(UserError, match="heads cannot be told from its tensors; `lomar convert --heads N` takes them"):
         package.load(save(released.mae("encoder")))
+    with pytest.raises(UserError, match="MoCo v3, an encoder alone, but its heads cannot be told from its tensors"):
+        package.load(save(released.moco()))
 
 
 def test_a_reconstructor_comes_from_a_released_file_if_it_has_one(save: Save) -> None:
@@ -362,7 +371,10 @@ LOMAR, MAE, BEIT = released.lomar("pretrain"), released.mae("pretrain"), release
 RPE = "blocks.0.attn.rpe_k.lookup_table_weight"
 TABLE = "rel_pos_bias.relative_position_bias_table"
 REFUSED = {
-    "something else": ({"conv.weight": torch.zeros(3)}, "no checkpoint of LoMaR, MAE or BEiT: of its 1 tensors"),
+    "something else": (
+        {"conv.weight": torch.zeros(3)},
+        "no checkpoint of LoMaR, MAE, BEiT, DINO or MoCo v3: of its 1 tensors",
+    ),
     "lomar's own": ({"architecture.mask_token": torch.zeros(3)}, "a checkpoint of lomar itself; give the folder"),
     "LoMaR and BEiT": (
         LOMAR | {TABLE: BEIT[TABLE]},

@@ -54,6 +54,8 @@ CASES = [
     small("lomar-late", position="sincos", mask_layer=4, predict_share=0.3),
     small("mae"),
     small("mae", position="contextual", decoder_width=36, decoder_heads=2, decoder_depth=1, predict_share=0.5),
+    small("mae", position="learned"),
+    small("lomar", position="learned"),
     small("fig5-decoder-5"),
     small("beit"),
     small("beit-lomar"),

@@ -292,7 +292,7 @@ def test_positions_matter_if_there_are_any(case: str) -> None:
     assert torch.allclose(moved, straight, atol=1e-4) == (CASES[case]["position"] == "none")
 
 
-@pytest.mark.parametrize("position", ["contextual", "sincos", "shared-bias", "none"])
+@pytest.mark.parametrize("position", ["contextual", "sincos", "learned", "shared-bias", "none"])
 @pytest.mark.parametrize("mask_layer", [*range(DEPTH), None])
 def test_only_the_tokens_that_are_there_cost(mask_layer: int | None, position: str) -> None:
     """Counted products of a forward pass equal the sum over blocks of (1 + visible) or (1 + all) tokens."""

@@ -188,9 +188,10 @@ def test_another_size_is_the_same_on_the_way_and_for_good(made: dict[str, Any], 
     assert trainable == {name: p.requires_grad for name, p in model.named_parameters()}
 
 
-def test_sines_and_cosines_of_another_size_are_resized_as_timm_does() -> None:
-    """Not computed anew: fine-tuning may have changed them."""
-    model, images = positioned(position="sincos"), torch.randn(2, 3, 28, 44)
+@pytest.mark.parametrize("position", ["sincos", "learned"])
+def test_absolute_positions_of_another_size_are_resized_as_timm_does(position: str) -> None:
+    """Sines and cosines are not computed anew: fine-tuning may have changed them."""
+    model, images = positioned(position=position), torch.randn(2, 3, 28, 44)
     torch.nn.init.normal_(model.pos_embed)
     timms = VisionTransformer((28, 44), 4, embed_dim=12, depth=3, num_heads=3, num_classes=0, global_pool="").eval()
     table = resample_abs_pos_embed(model.pos_embed, [7, 11], [3, 5], num_prefix_tokens=1, antialias=False)
@@ -311,9 +312,23 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="global_pool is 'max'"):
         tiny(global_pool="max")
     with pytest.raises(
-        ValueError, match="position is 'absolute'; it can be contextual, sincos, shared-bias, block-bias"
+        ValueError, match="position is 'absolute'; it can be contextual, sincos, learned, shared-bias, block-bias"
     ):
         tiny(position="absolute")
+
+
+def test_learned_positions_begin_small_and_learn_and_sines_and_cosines_stay() -> None:
+    """SPEC D.1: of deviation 0.02, cls too."""
+    torch.manual_seed(0)
+    learned, fixed = Encoder(position="learned", num_classes=0, depth=1), tiny(position="sincos")
+    table = learned.pos_embed
+    assert table is not None and table.shape == (1, 197, 768)
+    assert 0.0195 < table.std() < 0.0205 and 0.06 < table.abs().max() < 0.12  # not cut at few deviations
+    assert 0.015 < table[0, 0].std() < 0.025
+    learned(torch.randn(1, 3, 224, 224)).square().sum().backward()
+    assert table.grad is not None and table.grad.abs().amax(dim=-1).gt(0).all()  # of every place
+    assert fixed.pos_embed is not None and not fixed.pos_embed.requires_grad
+    assert "pos_embed" in learned.no_weight_decay()
 
 
 def test_torch_compile_and_export_take_it() -> None:
