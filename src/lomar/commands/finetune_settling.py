@@ -152,6 +152,7 @@ def settle(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
         scratch=from_scratch,
         beit=not encoder.architecture["key_bias"],
         eight_bit=values["pixel_type"] == "uint8" and values["channels"] in (1, 3),
+        by_token=encoder.global_pool == "token",
     )
     choices = takes | choose_finetuning(values, len(data.train), start, hardware, launched().count)
     values = {name: choice.value for name, choice in choices.items()} | values
