@@ -19,7 +19,7 @@ LONG_EPOCHS = 50  # from which the augmentation of the recipes pays
 SHORT_RUN_LR, SHORT_SHARED_LR = 1e-3, 5e-4
 SHORT_LAYER_DECAY = 0.8
 SHORT_WEIGHT_DECAY = 0.05
-EMA_SPANS = 3  # of 1 / (1 - ema) steps in a run: the average is of less than a third of it, and of its first weights 5 %
+EMA_SPANS = 3  # of 1 / (1 - ema) steps, in a run from which an average pays: e^-3 of the first weights is left in it
 POLICY = "rand-m9-mstd0.5-inc1"
 
 

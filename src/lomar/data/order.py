@@ -271,9 +271,7 @@ def lanes_for(batch_size: int, shards: int, images: int, pooled: int) -> int:
     return lanes
 
 
-def order_of(
-    source: ImageSource, seed: int, batch_size: int, pooled_gb: float = POOLED_GB, repeats: int = 1
-) -> Order:
+def order_of(source: ImageSource, seed: int, batch_size: int, pooled_gb: float = POOLED_GB, repeats: int = 1) -> Order:
     """The order in which a run meets the images of a source.
 
     Args:
