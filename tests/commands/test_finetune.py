@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from kept import last_state
 from PIL import Image
 
@@ -19,6 +20,7 @@ import lomar as package
 from lomar.commands import judging
 from lomar.commands.automatic import Hardware
 from lomar.commands.finetune_automatic import Start, choose_finetuning
+from lomar.commands.finetune_settling import EMA_LEFT
 from lomar.downstream.embedding import read_embedding
 from lomar.errors import UserError
 from lomar.interop.weights import save_encoder
@@ -289,6 +291,8 @@ BAD = [
     ("--model scratch:giant", "--model scratch:giant: 'giant' is no size"),
     ("--model scratch:resnet18", "--model scratch:resnet18 is a model of timm; scratch: takes a size of lomar here"),
     ("--data sample", "the images have no labels"),
+    ("--recipe beit", "--recipe is 'beit'; it can be auto, mae, deit"),
+    ("--repeats 0", "--repeats is '0'; it must be a whole number, at least 1"),
     ("--epochs 1 --max-steps 1", "--epochs and --max-steps are both given; give one"),
 ]
 
@@ -472,6 +476,13 @@ def test_an_average_that_is_still_at_its_beginning_is_warned_of(finetune: Comman
     assert "warning: --ema 0.99 leaves 90% of the first weights in the average after 10 steps; 0.7 or none" in done.out
 
 
+def test_images_that_repetition_leaves_no_time_for_are_warned_of(finetune: Command, tmp_path: Path) -> None:
+    """16 images; 16 of 64 samples."""
+    warning = "warning: --repeats 4 in 1 epochs leaves 75% of the images aside"
+    assert warning in finetune(tmp_path / "a", "--max-steps 4 --repeats 4").out
+    assert "of the images aside" not in finetune(tmp_path / "b", "--max-steps 16 --repeats 4").out
+
+
 def test_after_an_error_with_workers_the_process_ends(tuned: Path, labelled: Path, tmp_path: Path) -> None:
     """They pass over the one SIGTERM that multiprocessing sends before it waits for them."""
     code = f"""
@@ -558,6 +569,128 @@ def test_random_weights_have_rates_of_their_own_in_short_runs() -> None:
     chosen = choose_finetuning({"epochs": 5}, 9469, replace(BASE, scratch=True), CPU)
     assert chosen["base_lr"].value * chosen["batch_size"].value / 256 == pytest.approx(5e-4)
     assert chosen["weight_decay"].value == 0.05 and chosen["layer_decay"].value == 1
+
+
+def test_with_deit_on_imagenet_and_a_gpu_the_choices_are_its_defaults() -> None:
+    """SPEC D.2: 5e-4 for 512 images, 5 epochs of warm-up; MoCo v3's encoder is given 150 epochs, random weights 300."""
+    found = {n: c.value for n, c in choose_finetuning({"recipe": "deit"}, 1_281_167, BASE, GPU).items()}
+    deit = {
+        "pool": "token",
+        "batch_size": 1024,
+        "epochs": 150,
+        "warmup_epochs": 5.0,
+        "base_lr": 2.5e-4,
+        "min_lr": 1e-5,
+        "layer_decay": 1.0,
+        "weight_decay": 0.05,
+        "betas": (0.9, 0.999),
+        "drop_path": 0.1,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "erase": 0.25,
+        "repeats": 3,
+        "ema": 0.99996,
+    }
+    assert found | deit == found
+    scratch = choose_finetuning({"recipe": "deit"}, 1_281_167, replace(BASE, scratch=True), GPU)
+    assert {n: c.value for n, c in scratch.items()} | deit | {"epochs": 300} == {n: c.value for n, c in scratch.items()}
+
+
+def test_an_encoder_that_pools_by_its_cls_token_is_given_deits_recipe_and_others_maes() -> None:
+    by_token = replace(BASE, by_token=True)
+    chosen = choose_finetuning({}, 1_281_167, by_token, GPU)
+    assert chosen["recipe"].value == "deit" and chosen["recipe"].reason == "the encoder pools by its cls token"
+    assert choose_finetuning({"pool": "token"}, 1_281_167, by_token, GPU)["recipe"].value == "deit"
+    usual = {n: c.value for n, c in choose_finetuning({}, 1_281_167, BASE, GPU).items()}
+    assert (usual["recipe"], usual["pool"], usual["min_lr"], usual["repeats"]) == ("mae", "avg", 1e-6, 1)
+    for given, start in (({"pool": "avg"}, by_token), ({"recipe": "mae"}, by_token), ({"pool": "token"}, BASE)):
+        found = {n: c.value for n, c in choose_finetuning(given, 1_281_167, start, GPU).items()}
+        assert found | given == usual | given
+
+
+def test_what_is_given_wins_over_deits_recipe() -> None:
+    given = {
+        "recipe": "deit",
+        "pool": "avg",
+        "base_lr": 1.0,
+        "min_lr": 0.0,
+        "layer_decay": 0.5,
+        "repeats": 2,
+        "ema": 0.1,
+    }
+    assert not set(given) & set(choose_finetuning(given, 1_281_167, BASE, GPU))
+
+
+def test_deits_recipe_is_scaled_as_maes_is() -> None:
+    """Short runs: no noise, no repetition, and a rate for all layers that is that of random weights."""
+    short = choose_finetuning({"recipe": "deit", "epochs": 5}, 9469, BASE, CPU)
+    noise = ("drop_path", "mixup", "cutmix", "erase", "ema")
+    assert [short[name].value for name in noise] == [0] * 5 and short["repeats"].value == 1
+    assert short["base_lr"].value * short["batch_size"].value / 256 == pytest.approx(5e-4)
+    assert short["layer_decay"].value == 1 and short["base_lr"].reason == "5.0e-04 a step: DeiT's is for long runs"
+    small = choose_finetuning({"recipe": "deit", "epochs": 100, "batch_size": 256}, 9469, BASE, GPU)
+    assert small["base_lr"].value == pytest.approx(2.5e-4 * 2)  # with the root of the batch
+    assert small["repeats"].value == 3
+
+
+@pytest.mark.parametrize(("recipe", "scratch", "least"), [("mae", True, 30_000), ("deit", False, 75_000)])
+def test_an_average_is_chosen_where_little_of_the_first_weights_is_left(recipe: str, scratch: bool, least: int) -> None:
+    start = replace(BASE, scratch=scratch)
+    few, enough = (
+        choose_finetuning({"recipe": recipe, "max_steps": steps}, 1_281_167, start, GPU)["ema"].value
+        for steps in (least - 1, least)
+    )
+    assert few == 0 and enough**least < EMA_LEFT
+
+
+@pytest.fixture
+def token_pooled(tmp_path: Path) -> Path:
+    """A small encoder that pools by its cls token."""
+    small = {"embed_dim": 16, "depth": 2, "num_heads": 2, "image_size": 32, "patch_size": 8}
+    composition = replace(RECIPES["mae"].composition("mae"), **small)
+    encoder = composition.encoder()
+    encoder.global_pool = "token"
+    save_encoder(tmp_path / "encoder.safetensors", encoder, composition)
+    return tmp_path / "encoder.safetensors"
+
+
+def configuration(run: Path) -> dict[str, Any]:
+    return yaml.safe_load((run / "config.yaml").read_text())
+
+
+def test_how_the_loaded_encoder_pools_decides_on_the_recipe(
+    finetune: Command, token_pooled: Path, tmp_path: Path
+) -> None:
+    done = finetune(tmp_path / "a", "--max-steps 1 --model", token_pooled)
+    assert done.status == 0 and "the encoder pools by its cls token" in done.out
+    told = configuration(tmp_path / "a")
+    assert (told["recipe"], told["pool"], told["layer_decay"], told["min_lr"]) == ("deit", "token", 1.0, 1e-5)
+    assert package.load(tmp_path / "a").global_pool == "token"
+    done = finetune(tmp_path / "b", "--max-steps 1 --recipe auto --pool avg --model", token_pooled)
+    assert done.status == 0 and "cls token" not in done.out
+    assert configuration(tmp_path / "b") | {"recipe": "mae", "pool": "avg"} == configuration(tmp_path / "b")
+    assert finetune(tmp_path / "c", "--max-steps 1").status == 0
+    assert configuration(tmp_path / "c") | {"recipe": "mae", "repeats": 1} == configuration(tmp_path / "c")
+
+
+def test_deits_recipe_trains_and_a_resumed_run_equals_an_uninterrupted_one(
+    finetune: Command,
+    lomar: Command,
+    interrupted_at: Callable[[int], None],
+    course: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """Interrupted between two of three times that images come."""
+    words = "--recipe deit --epochs 3 --repeats 3 --ema 0.5 --checkpoint-steps 2"
+    assert finetune(tmp_path / "whole", words).status == 0
+    interrupted_at(4)
+    assert finetune(tmp_path / "parts", words).status == 130
+    assert lomar("finetune --resume --out", tmp_path / "parts").status == 0
+    assert course(tmp_path / "parts") == course(tmp_path / "whole") and len(course(tmp_path / "whole")) == 12
+    assert refused(lomar("finetune --resume --repeats 1 --out", tmp_path / "parts")).startswith("--repeats is 1, but")
+    ours, theirs = (package.load(tmp_path / run / "classifier-last.safetensors") for run in ("parts", "whole"))
+    assert ours.global_pool == "token" and torch.equal(ours.head.weight, theirs.head.weight)
 
 
 def test_beits_shared_bias_is_fine_tuned_block_by_block(

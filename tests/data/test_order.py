@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lomar.data import order as module
 from lomar.data.loader import micro_batch_keys, share_of_batch, stream
-from lomar.data.order import Lanes, Shuffled, lanes_for, order_of
+from lomar.data.order import Lanes, Order, Shuffled, lanes_for, order_of, unrepeated
 from lomar.data.shards import Members, Shard, ShardGroups, grouped
 from lomar.data.sources import ImageSource
 
@@ -208,3 +208,61 @@ def test_more_at_a_time_mixes_more_shards() -> None:
 
 def test_the_bounds_are_those_that_the_guide_tells() -> None:
     assert (module.MOST_LANES, module.POOLED_GB) == (64, 16)
+
+
+def test_two_and_two_images_are_repeated() -> None:
+    found = [unrepeated(position, 3) for position in range(14)]
+    assert [image for image, _ in found] == [0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 4, 5]
+    assert [repetition for _, repetition in found] == [0, 0, 1, 1, 2, 2] * 2 + [0, 0]
+    assert [unrepeated(position, 1) for position in range(9)] == [(position, 0) for position in range(9)]
+
+
+@examples(60)
+@given(counts=COUNTS, batch_size=BATCHES, repeats=st.integers(2, 5), seed=st.integers(0, 99), far=st.booleans())
+def test_samples_of_repeated_images_are_those_of_as_many_epochs(
+    counts: list[int], batch_size: int, repeats: int, seed: int, far: bool
+) -> None:
+    """Each once, and hardly one of later epochs before all were met: the two at the end of each lane's images."""
+    count = sum(counts)
+
+    def order(times: int) -> Order:
+        if far:
+            return Lanes(groups_of(counts), seed, batch_size, repeats=times)
+        return Shuffled(count, seed, batch_size, times)
+
+    once, batches = order(1), repeats * count // batch_size
+    usual = {once.at(batch, slot) for batch in range(2 * batches + 2) for slot in range(batch_size)}
+    repeated = order(repeats)
+    met = [repeated.at(batch, slot) for batch in range(batches) for slot in range(batch_size)]
+    late = [place for place in met if place.epoch >= repeats]
+    assert len(set(met)) == len(met) and {place for place in met if place.epoch < repeats} <= usual
+    assert len(late) <= 2 * repeats * (once.lanes if isinstance(once, Lanes) else 1)
+
+
+@examples(60)
+@given(counts=COUNTS, batch_size=st.sampled_from([2, 4, 6, 10, 12, 16]), repeats=st.integers(1, 5), far=st.booleans())
+def test_neighbours_that_are_mixed_are_never_one_image(
+    counts: list[int], batch_size: int, repeats: int, far: bool
+) -> None:
+    """But where an epoch of the order ends, and the next may begin with the image that was the last."""
+    order: Order = (
+        Lanes(groups_of(counts), 0, batch_size, repeats=repeats)
+        if far
+        else Shuffled(sum(counts), 0, batch_size, repeats)
+    )
+    for batch in range(2 * repeats * sum(counts) // batch_size):
+        for slot in range(0, batch_size, 2):
+            ours, theirs = order.at(batch, slot), order.at(batch, slot + 1)
+            assert ours.index != theirs.index or ours.epoch // repeats != theirs.epoch // repeats
+
+
+@examples(30)
+@given(counts=COUNTS, first=st.integers(0, 50), repeats=st.integers(2, 4))
+def test_what_is_needed_of_shards_is_what_repeated_images_are_of(counts: list[int], first: int, repeats: int) -> None:
+    order = Lanes(groups_of(counts, 2**33), 1, 4, repeats=repeats)
+    ends = np.cumsum(counts)
+    for batch in range(first, first + 9):
+        for slot in range(4):
+            now, _ = order.needed(batch, slot)
+            shard = int(np.searchsorted(ends, order.at(batch, slot).index, side="right"))
+            assert f"{shard}.tar" in {each.path for each in now}

@@ -89,13 +89,14 @@ def test_a_target_is_mixed_as_its_image_is(labelled: Labelled, mix: dict[str, fl
     world=st.sampled_from([1, 2, 3]),
     policy=st.sampled_from(["none", POLICY]),
     clamped=st.booleans(),
+    repeats=st.sampled_from([1, 3, 5]),
 )
 @settings(max_examples=15, deadline=None)
 def test_neither_micro_batches_nor_processes_change_a_batch(
-    labelled: Labelled, seed: int, micro_batch: int, world: int, policy: str, clamped: bool
+    labelled: Labelled, seed: int, micro_batch: int, world: int, policy: str, clamped: bool, repeats: int
 ) -> None:
     augmentation = replace(PLAIN, mixup=0.8, cutmix=1.0, erase=0.5, policy=policy, color_jitter=0.3, clamped=clamped)
-    told = {"seed": seed, "batch_size": 12, "depth": 2, "total_batches": 2}
+    told = {"seed": seed, "batch_size": 12, "depth": 2, "total_batches": 2, "repeats": repeats}
     whole = batches(labelled, augmentation, **told | {"micro_batch": 12})
     ranks = [
         batches(labelled, augmentation, **told | {"micro_batch": micro_batch, "rank": r, "world_size": world})
@@ -110,10 +111,13 @@ def test_neither_micro_batches_nor_processes_change_a_batch(
             assert torch.equal(joined(parts, name), whole[number].inputs[name]), name
 
 
-def test_workers_and_a_later_start_change_nothing(labelled: Labelled) -> None:
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_workers_and_a_later_start_change_nothing(labelled: Labelled, repeats: int) -> None:
+    """Of four times, batches of 6 end between two of them."""
     augmentation = replace(PLAIN, policy=POLICY, erase=0.5, mixup=0.8)
-    alone = batches(labelled, augmentation)
-    for other in (batches(labelled, augmentation, workers=2), batches(labelled, augmentation, first_batch=2)):
+    alone = batches(labelled, augmentation, repeats=repeats)
+    for change in ({"workers": 2}, {"first_batch": 2}, {"first_batch": 3}):
+        other = batches(labelled, augmentation, repeats=repeats, **change)
         for ours, theirs in zip(alone[-len(other) :], other, strict=True):
             assert torch.equal(ours.inputs["images"], theirs.inputs["images"])
 
@@ -195,3 +199,52 @@ def test_nothing_but_bad_files_ends_in_one_line(tmp_path: Path) -> None:
 def test_an_odd_share_cannot_be_mixed(labelled: Labelled, odd: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="images are mixed two and two"):
         batches(labelled, replace(PLAIN, mixup=0.8), **odd)
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
+    """Ten images: red tells which, green and blue tell where a pixel is."""
+    root = tmp_path_factory.mktemp("ramps")
+    rows, columns = np.mgrid[:31, :37]
+    for i in range(10):
+        pixels = np.stack([np.full_like(rows, 20 * i), 8 * rows, 6 * columns], axis=-1)
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"{i:02}.png")
+    return Labelled(open_source(str(root)), np.arange(10))
+
+
+def test_repeated_images_come_as_often_with_crops_of_their_own(ramps: Labelled) -> None:
+    told = {"repeats": 3, "batch_size": 12, "micro_batch": 12, "total_batches": 2}
+    for micro in batches(ramps, replace(PLAIN, classes=10), **told):
+        assert sorted(micro.names.count(name) for name in set(micro.names)) == [3] * 4
+        for name in set(micro.names):
+            places = [place for place, other in enumerate(micro.names) if other == name]
+            images = micro.inputs["images"][places]
+            assert len({image[0].mean().item() for image in images}) == 1
+            assert len({image[1:].numpy().tobytes() for image in images}) == 3
+
+
+def test_of_an_epoch_of_repeated_images_a_share_is_met(ramps: Labelled) -> None:
+    found = batches(ramps, replace(PLAIN, classes=10), repeats=5, batch_size=2, micro_batch=2, total_batches=5)
+    assert len({name for micro in found for name in micro.names}) == 2
+
+
+def test_repetition_changes_the_order_of_samples_and_nothing_in_them(ramps: Labelled) -> None:
+    """Ten images thrice are what three epochs of them are, pixel by pixel."""
+    augmentation = replace(PLAIN, classes=10, policy=POLICY, erase=0.5, color_jitter=0.3)
+    once, thrice = (
+        joined(batches(ramps, augmentation, depth=2, total_batches=5, repeats=repeats), "images") for repeats in (1, 3)
+    )
+    assert sorted(i.numpy().tobytes() for i in once) == sorted(i.numpy().tobytes() for i in thrice)
+    assert not torch.equal(once, thrice)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 10, 12])
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_no_repeated_image_is_mixed_with_itself(ramps: Labelled, mix: dict[str, float], batch_size: int) -> None:
+    """Also where a batch ends between two of the three times."""
+    augmentation = replace(PLAIN, classes=10, **mix)
+    told = {"batch_size": batch_size, "micro_batch": 2, "total_batches": 60 // batch_size, "repeats": 3}
+    for micro in batches(ramps, augmentation, **told):
+        assert micro.names[0] != micro.names[1]
+        ours, theirs = (int(Path(name).stem) for name in micro.names)
+        assert set(micro.inputs["targets"].nonzero()[:, 1].tolist()) <= {ours, theirs}

@@ -117,6 +117,7 @@ def _train(
             world_size=fabric.world_size,
             pin_memory=fabric.device.type == "cuda",
             shuffle_gb=options.shuffle_gb,
+            repeats=options.repeats,
         )
 
     method = Classification(classifier)

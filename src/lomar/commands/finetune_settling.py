@@ -152,6 +152,7 @@ def settle(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
         scratch=from_scratch,
         beit=not encoder.architecture["key_bias"],
         eight_bit=values["pixel_type"] == "uint8" and values["channels"] in (1, 3),
+        by_token=encoder.global_pool == "token",
     )
     choices = takes | choose_finetuning(values, len(data.train), start, hardware, launched().count)
     values = {name: choice.value for name, choice in choices.items()} | values
@@ -163,7 +164,8 @@ def settle(asked: Mapping[str, Any], run: Path) -> SettledFinetuning:
     settled.options = FinetuneOptions(**values)
     _check_mixing(settled)
     notes = notes_on(found, {n: c for n, c in choices.items() if n not in asked}, min(settled.size))
-    settled.notes = [notes[0], *_on_classes(data), *notes[1:], *_on_average(settled.options, len(data.train))]
+    course = [*_on_average(settled.options, len(data.train)), *_on_repeats(settled.options, len(data.train))]
+    settled.notes = [notes[0], *_on_classes(data), *notes[1:], *course]
     return settled
 
 
@@ -335,6 +337,15 @@ def _on_average(options: FinetuneOptions, count: int) -> list[str]:
         f"warning: --ema {options.ema:g} leaves {left:.0%} of the first weights in the average after {steps:.0f} "
         f"steps; {1 - 3 / max(steps, 4):.3g} or none would fit"
     ]
+
+
+def _on_repeats(options: FinetuneOptions, count: int) -> list[str]:
+    """A warning where images come so often that others never do."""
+    epochs = options.epochs or (options.max_steps or 0) * options.batch_size / count
+    if options.repeats == 1 or epochs >= options.repeats:
+        return []
+    aside = 1 - epochs / options.repeats
+    return [f"warning: --repeats {options.repeats} in {epochs:.3g} epochs leaves {aside:.0%} of the images aside"]
 
 
 def _on_classes(data: LabelledData) -> list[str]:

@@ -24,7 +24,6 @@ from lomar.launch import launched
 from lomar.methods.cost import TRAINED_BYTES
 from lomar.model.attention import as_fused
 from lomar.options import (
-    AUTO,
     DetectOptions,
     FinetuneOptions,
     PretrainOptions,
@@ -59,7 +58,7 @@ def asked_for(given: Mapping[str, Any], options: type, paths: tuple[str, ...]) -
         paths: those that may name files, which are made absolute: the run may be resumed from another folder.
     """
     config = read_config(given["config"], options) if given.get("config") else {}
-    automatic = {name for name, f in fields_of(options).items() if f.metadata["auto"] == AUTO}
+    automatic = {name for name, f in fields_of(options).items() if f.metadata["auto"]}
     asked = {
         name: value
         for name, value in merged(config, given).items()

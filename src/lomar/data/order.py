@@ -10,6 +10,10 @@ that a process, whose slots are contiguous, needs the shards of its own lanes al
 order, once for all epochs, and cut into lanes of equally many images; a shard at a cut is shared by two. A lane goes
 through its shards in a new random order each epoch, some at a time: the images of these, its pool, come in random
 order. So a machine among many has few shards on its disk, and each batch is of images of many shards.
+
+Where images are repeated, N epochs of samples are met in one epoch of the order: two images at a time come N times in
+turn, as in a b a b a b for three times, each time as the sample of another epoch. So the samples are those of N epochs
+without repetition, in another order.
 """
 
 from bisect import bisect_right
@@ -33,10 +37,26 @@ POOLED_GB = 16.0  # GiB of all pools if nothing else is asked; as much again of 
 
 
 class Place(NamedTuple):
-    """Where a run is: image `index` in its `epoch`."""
+    """Where a run is: image `index` in its `epoch`, which is how often the image came before."""
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+
+
+def unrepeated(position: int, repeats: int) -> tuple[int, int]:
+    """Where the image of a position is in the same order without repetition, and which repetition it is, from 0.
+
+    Images are repeated two and two, so that neighbours, which `lomar.data.supervised` mixes, are different ones at any
+    batch size: positions 0 to 7 of three times are images 0 1 0 1 0 1 2 3.
+
+    Args:
+        position: in the order with repetition, from 0.
+        repeats: how often each image comes.
+
+    Source: DeiT's repeated augmentation, three times in a row, over which its batches are cut as well.
+    """
+    pair, which = divmod(position, 2)
+    return 2 * (pair // repeats) + which, pair % repeats
 
 
 class Order(Protocol):
@@ -60,24 +80,27 @@ class Order(Protocol):
 
 class Shuffled:
     """The images in a new random order each epoch: position p is image `permutation(seed, p // n)[p % n]` of epoch
-    `p // n`, and batch b is positions b * batch_size up to (b + 1) * batch_size.
+    `p // n`, and batch b is positions b * batch_size up to (b + 1) * batch_size; of repeated images, as `unrepeated`
+    says.
 
     Args:
         count: images.
         seed: of the run.
         batch_size: samples of a global batch.
+        repeats: how often two images come before others do.
     """
 
-    def __init__(self, count: int, seed: int, batch_size: int) -> None:
-        self._count, self._seed, self._batch_size = count, seed, batch_size
+    def __init__(self, count: int, seed: int, batch_size: int, repeats: int = 1) -> None:
+        self._count, self._seed, self._batch_size, self._repeats = count, seed, batch_size, repeats
         self._epoch, self._permutation = -1, torch.empty(0)
 
     def at(self, batch: int, slot: int) -> Place:
-        epoch, place = divmod(batch * self._batch_size + slot, self._count)
+        position, repetition = unrepeated(batch * self._batch_size + slot, self._repeats)
+        epoch, place = divmod(position, self._count)
         if epoch != self._epoch:
             self._epoch = epoch
             self._permutation = torch.randperm(self._count, generator=seeded(self._seed, epoch, "order"))
-        return Place(epoch, int(self._permutation[place]))
+        return Place(epoch * self._repeats + repetition, int(self._permutation[place]))
 
     def needed(self, batch: int, slot: int) -> tuple[Sequence[Shard], Sequence[Shard]]:
         return (), ()
@@ -124,10 +147,13 @@ class Lanes:
         seed: of the run.
         batch_size: samples of a global batch.
         pooled_gb: GiB of shards in the pools of all lanes together, at most.
+        repeats: how often two images come before others of their lane do.
     """
 
-    def __init__(self, groups: ShardGroups, seed: int, batch_size: int, pooled_gb: float = POOLED_GB) -> None:
-        self._groups, self._seed, self.batch_size = groups, seed, batch_size
+    def __init__(
+        self, groups: ShardGroups, seed: int, batch_size: int, pooled_gb: float = POOLED_GB, repeats: int = 1
+    ) -> None:
+        self._groups, self._seed, self.batch_size, self._repeats = groups, seed, batch_size, repeats
         mean_bytes = max(1, sum(map(_bytes_of, groups.shards)) // len(groups.shards))
         count = int(groups.ends[-1])
         pooled_shards = int(pooled_gb * 2**30 / mean_bytes)
@@ -141,7 +167,7 @@ class Lanes:
         self._shuffled: dict[int, _Shuffled] = {}
 
     def at(self, batch: int, slot: int) -> Place:
-        lane, epoch, place = self._lane(batch, slot)
+        lane, epoch, place, repetition = self._lane(batch, slot)
         course = self._course(lane, epoch)
         pool = bisect_right(course.stops, place)
         told = self._shuffled.get(lane)
@@ -151,10 +177,10 @@ class Lanes:
             told = _Shuffled(epoch, pool, images[torch.randperm(len(images), generator=chance).numpy()])
             self._shuffled[lane] = told
         image = told.images[place - course.stops[pool]]  # counted from the end
-        return Place(epoch, int(self._groups.indices[int(image)]))
+        return Place(epoch * self._repeats + repetition, int(self._groups.indices[int(image)]))
 
     def needed(self, batch: int, slot: int) -> tuple[Sequence[Shard], Sequence[Shard]]:
-        lane, epoch, place = self._lane(batch, slot)
+        lane, epoch, place, _ = self._lane(batch, slot)
         course = self._course(lane, epoch)
         pool = bisect_right(course.stops, place)
         last = pool == len(course.pools) - 1
@@ -188,10 +214,11 @@ class Lanes:
             largest += sum(sorted(shards.values())[-self.pooled :])
         return largest
 
-    def _lane(self, batch: int, slot: int) -> tuple[int, int, int]:
-        """(lane, epoch, place in the lane's epoch) of a slot."""
+    def _lane(self, batch: int, slot: int) -> tuple[int, int, int, int]:
+        """(lane, epoch of its order, place in that, repetition) of a slot."""
         lane = slot // self._slots
-        return lane, *divmod(batch * self._slots + slot % self._slots, self._counts[lane])
+        position, repetition = unrepeated(batch * self._slots + slot % self._slots, self._repeats)
+        return lane, *divmod(position, self._counts[lane]), repetition
 
     def _course(self, lane: int, epoch: int) -> _Course:
         told = self._courses.get(lane)
@@ -244,7 +271,7 @@ def lanes_for(batch_size: int, shards: int, images: int, pooled: int) -> int:
     return lanes
 
 
-def order_of(source: ImageSource, seed: int, batch_size: int, pooled_gb: float = POOLED_GB) -> Order:
+def order_of(source: ImageSource, seed: int, batch_size: int, pooled_gb: float = POOLED_GB, repeats: int = 1) -> Order:
     """The order in which a run meets the images of a source.
 
     Args:
@@ -252,6 +279,9 @@ def order_of(source: ImageSource, seed: int, batch_size: int, pooled_gb: float =
         seed: of the run.
         batch_size: samples of a global batch.
         pooled_gb: as of `Lanes`, where images lie in shards that must be fetched.
+        repeats: how often two images come before others do.
     """
     groups = source.by_shard()
-    return Shuffled(len(source), seed, batch_size) if groups is None else Lanes(groups, seed, batch_size, pooled_gb)
+    if groups is None:
+        return Shuffled(len(source), seed, batch_size, repeats)
+    return Lanes(groups, seed, batch_size, pooled_gb, repeats)

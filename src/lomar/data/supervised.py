@@ -163,7 +163,7 @@ class _Augmented(Dataset[MicroBatch]):
         """Images and soft targets (B, classes), mixed two and two with the share that the whole batch has.
 
         timm's mixup takes the last image for the first one. Here partners are neighbours, so that neither micro-batches
-        nor processes part them; in a random order that is the same.
+        nor processes part them; in a random order that is the same. Of repeated images they are always two.
         """
         told = self.augmentation
         if not told.mixes:
@@ -208,6 +208,7 @@ def training_batches(
     world_size: int = 1,
     pin_memory: bool = False,
     shuffle_gb: float = POOLED_GB,
+    repeats: int = 1,
 ) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of global batches first_batch up to total_batches, in order.
 
@@ -223,6 +224,7 @@ def training_batches(
         seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory, shuffle_gb: as
             for `lomar.data.loader.pretraining_batches`; batch, share of a process and micro-batch even where images are
             mixed.
+        repeats: how often two images come, each time augmented anew, before others do (repeated augmentation).
 
     Raises:
         UserError: one bad file after another.
@@ -231,7 +233,7 @@ def training_batches(
     share = share_of_batch(batch_size, rank, world_size)
     if augmentation.mixes and (share.start % 2 or share.stop % 2 or micro_batch % 2):
         raise ValueError("images are mixed two and two: batch, shares of it and micro-batches must be even")
-    order = order_of(labelled.source, seed, batch_size, shuffle_gb)
+    order = order_of(labelled.source, seed, batch_size, shuffle_gb, repeats)
     images = _Augmented(labelled, order, fmt, augmentation, normalise, depth, seed, last_slot=share.stop - 1)
     batches = islice(stream(order, batch_size, first_batch), total_batches - first_batch)
     keys = micro_batch_keys(batches, share, micro_batch)

@@ -64,6 +64,13 @@ class FinetuneOptions:
         results=False,
     )
     overwrite: bool = option("delete the run in --out and start anew", default=False, results=False)
+    recipe: str = option(
+        "whose settings are taken where an option is not given: mae, the paper's, or deit, for encoders that learn by "
+        "their cls token",
+        auto=AUTO,
+        choices=("auto", "mae", "deit"),
+        metavar="NAME",
+    )
     # The model
     image_size: tuple[int, ...] = option(IMAGE_SIZE, auto="the encoder's", low=1, metavar="PX")
     patch_size: int = option("side of a patch, for --model scratch:SIZE", auto="the encoder's", low=1, metavar="PX")
@@ -75,7 +82,7 @@ class FinetuneOptions:
     std: tuple[float, ...] = option("deviation of each channel", auto="the encoder's", above=0, metavar="S")
     pool: str = option(
         "what the classifier sees: the mean of the patch tokens, or the cls token",
-        default="avg",
+        auto="mae: avg; deit: token",
         choices=("avg", "token"),
         metavar="NAME",
     )
@@ -96,6 +103,12 @@ class FinetuneOptions:
     mixup: float = option("mixup's alpha; 0 for none", auto=AUTO, low=0, metavar="A")
     cutmix: float = option("CutMix's alpha; 0 for none", auto=AUTO, low=0, metavar="A")
     smoothing: float = option("label smoothing", default=0.1, low=0, below=1, metavar="S")
+    repeats: int = option(
+        "times that an image comes, each time augmented anew, before others do; an epoch has as many fewer images",
+        auto=AUTO,
+        low=1,
+        metavar="N",
+    )
     # The course of training
     epochs: float | None = option("passes over the images", auto=AUTO, above=0, metavar="E")
     max_steps: int | None = option("optimiser steps, instead of --epochs", default=None, low=1, metavar="S")
@@ -104,7 +117,7 @@ class FinetuneOptions:
     base_lr: float = option(
         "learning rate for 256 images; scaled by --batch-size / 256", auto=AUTO, above=0, metavar="LR"
     )
-    min_lr: float = option("learning rate at the end", default=1e-6, low=0, metavar="LR")
+    min_lr: float = option("learning rate at the end", auto="mae: 1e-6; deit: 1e-5", low=0, metavar="LR")
     layer_decay: float = option(
         "factor of the learning rate from each layer to the one before", auto=AUTO, above=0, high=1, metavar="F"
     )
