@@ -1,4 +1,4 @@
-"""`lomar attention`: where a hidden patch looks, as the paper's Fig. 1, and how far they look in each layer."""
+"""`lomar attention`: where a hidden patch looks, as the paper's Fig. 1, or the cls token; how far they look by layer."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +33,12 @@ class Place(NamedTuple):
     Args:
         corner: int64 (2,), row and column of the view's top-left patch.
         hidden: bool (N,), in raster order of the view.
-        query: raster index in the view of the patch that looks.
+        query: raster index in the view of the patch that looks; None where the cls token does.
     """
 
     corner: Tensor
     hidden: Tensor
-    query: int
+    query: int | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Subject:
         run: one forward pass: pixels (1, C, h, w) of a view, corners (1, 2), hidden (1, N).
         looking: "hidden patch", or "patch" where none is hidden.
         about: the caption's beginning.
+        by_cls: whether the cls token is what looks where no patch is asked for.
     """
 
     part: str
@@ -71,14 +72,18 @@ class Subject:
     run: Callable[[Tensor, Tensor, Tensor], object]
     looking: str
     about: str
+    by_cls: bool = False
 
     def place(self, image: int, patch: tuple[int, int] | None) -> Place:
         """Where to look in an image: the view that was drawn for it, moved if it does not contain the patch asked for.
 
         A patch asked for that the mask shows is hidden, and the hidden patch farthest from it is shown instead: that
-        changes least of what there is to look at. Without one it is the hidden patch nearest to the view's middle.
+        changes least of what there is to look at. Without one it is the hidden patch nearest to the view's middle, or
+        the cls token.
         """
         corner, hidden = self.hides(image)
+        if patch is None and self.by_cls:
+            return Place(corner, hidden, None)
         size, at = torch.tensor(self.size), grid_coordinates(*self.size)
         if patch is None:
             distances = (at - (size - 1) / 2).norm(dim=1)
@@ -141,7 +146,7 @@ def command(given: Mapping[str, Any]) -> int:
         )
         for image, place, each in zip(pixels, places, looks, strict=True)
     ]
-    caption = _caption(subject, distances[layers[-1] - 1][1])
+    caption = _caption(subject, distances[layers[-1] - 1][1], by_cls=places[0].query is None)
     try:
         save_png(figure1(panels, layers, [distances[layer - 1][0] for layer in layers], caption), out)
     except OSError as error:
@@ -173,7 +178,10 @@ def looks_of(subject: Subject, image: Tensor, place: Place) -> list[Look]:
         queries, queries_at = shares[:, :, looking], at[:, -len(asking) :][:, looking]
         distance = attention_distance(queries, queries_at, at)
         even = attention_distance(torch.full_like(queries, 1 / len(there)), queries_at, at)
-        of_query = shares[0, :, asking == place.query].mean(dim=0).sum(dim=0)  # (tokens,)
+        if place.query is None:
+            of_query = between_patches(weights)[0, :, 0].mean(dim=0)  # all tokens are asked for, cls first
+        else:
+            of_query = shares[0, :, asking == place.query].mean(dim=0).sum(dim=0)  # (tokens,)
         return Look(torch.zeros(len(order)).index_copy(0, there, of_query), distance, even)
 
     with torch.inference_mode(), recorded_attention(subject.blocks, keep) as looks:
@@ -243,7 +251,7 @@ def _of_encoder(
 ) -> Subject:
     if options.mask_ratio is not None:
         raise UserError(
-            f"--mask-ratio: {options.model} is an encoder alone, which has no mask token to hide patches with"
+            f"--mask-ratio: {options.model} holds an encoder alone, which has no mask token to hide patches with"
         )
     side = min(encoder.patch_embed.grid_size)
     shift, factor = (torch.tensor(each).view(-1, 1, 1) for each in (mean, std))
@@ -264,6 +272,7 @@ def _of_encoder(
         run=run,
         looking="patch",
         about=f"{options.model}: visible patches only, since an encoder alone has no mask token.",
+        by_cls=encoder.global_pool == "token",
     )
 
 
@@ -282,12 +291,13 @@ def _layers(asked: tuple[int, ...] | None, subject: Subject) -> tuple[int, ...]:
     return asked
 
 
-def _caption(subject: Subject, even: float) -> str:
+def _caption(subject: Subject, even: float, by_cls: bool) -> str:
+    looker = "cls token to the patches" if by_cls else f"outlined {subject.looking} to the others and to itself"
     return (
-        f"{subject.about} Colours: attention of the outlined {subject.looking} to the others and to itself, mean over "
-        f"the heads of each {subject.part} layer; below each map, what share its brightest patch has. In the titles: "
+        f"{subject.about} Colours: attention of the {looker}, mean over the heads of each {subject.part} layer; below each map, "
+        "what share its brightest patch has. In the titles: "
         f"how far {subject.looking}es look on average, weighted by attention, over all images here; spread evenly, "
-        f"attention would go {even:.1f} patches. The cls token is left out."
+        f"attention would go {even:.1f} patches. {'What it gives itself' if by_cls else 'The cls token'} is left out."
     )
 
 

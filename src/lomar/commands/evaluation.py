@@ -7,6 +7,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from lomar.commands.crops import picture_of_crops
 from lomar.commands.panels import caption, central_crops, panels, tokenised_crops
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import LabelledData, evaluation_split
@@ -16,6 +17,7 @@ from lomar.data.survey import spread
 from lomar.downstream.features import Wanted, frozen_features
 from lomar.downstream.knn import effective_rank, knn_top1
 from lomar.errors import UserError
+from lomar.figures.crops import CROPS_FILE
 from lomar.figures.curves import learning_curves
 from lomar.figures.png import save_png
 from lomar.figures.reconstruction import figure7
@@ -90,6 +92,7 @@ class Evaluation:
         self.run = run
         self.labelled = labelled
         self.unlabelled = source.subset(spread(len(source), RANKED_IMAGES[fabric.device.type]))
+        self.source = source
         self.pictured = source.subset(spread(len(source), PICTURED_IMAGES))
         self._cache: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -156,6 +159,7 @@ class Evaluation:
 
     def _pictures(self, step: int) -> None:
         if isinstance(self.method, TwoView):
+            self._picture_of_crops(self.method)
             return
         pixels, _ = central_crops(self.pictured, self.fmt, self.options.image_size)
         if not len(pixels):
@@ -168,3 +172,13 @@ class Evaluation:
         picture = figure7(drawn, about + caption(self.method))
         save_png(picture, self.run / "figures" / f"reconstruction-{step:07d}.png")
         save_png(picture, self.run / "figures" / "reconstruction.png")
+
+    def _picture_of_crops(self, method: TwoView) -> None:
+        """Once: crops depend on no weights."""
+        path = self.run / "figures" / CROPS_FILE
+        if path.exists():
+            return
+        chosen = spread(len(self.source), PICTURED_IMAGES)
+        picture = picture_of_crops(method, self.options, self.source, self.fmt, chosen)
+        if picture:
+            save_png(picture, path)

@@ -29,6 +29,8 @@ _ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
 _PRETRAINING = (
     *("method", "image_size", "patch_size", "window_size", "views", "mask", "mask_ratio", "architecture"),
     *("mask_layer", "transformer", "layer_scale", "drop_path", "target"),
+    *("crop_scale", "local_crops", "local_size", "local_scale", "grayscale", "blur", "solarize", "patch_embed"),
+    *("head_width", "head_outputs", "momentum", "temperature", "teacher_temperature"),
     *("epochs", "steps", "batch_size", "base_lr", "weight_decay"),
 )
 _FINETUNING = (

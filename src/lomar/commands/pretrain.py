@@ -8,12 +8,13 @@ import torch
 from lightning_fabric import Fabric
 
 from lomar.commands.course import carry_out, cosine_schedule, course_of
+from lomar.commands.crops import crops_of
 from lomar.commands.evaluation import Evaluation, evaluation_data
 from lomar.commands.runs import CONFIG_FILE, begun, goes_on, holds_run, raise_unless_done
 from lomar.commands.settling import TOKENIZER_FILE, Settled, asked_for_pretraining, settle, settle_again
 from lomar.data.labels import LabelledData
 from lomar.data.loader import CropPlan, MicroBatch, pretraining_batches
-from lomar.data.multicrop import MultiCropPlan, multicrop_batches
+from lomar.data.multicrop import multicrop_batches
 from lomar.errors import UserError
 from lomar.interop.initial import initialise
 from lomar.interop.tokenizers import save_tokenizer
@@ -155,20 +156,6 @@ def _train(
         paced=paced,
     )
     return carry_out(trainer, "pretrain", stop, conclude=lambda: display.say(_how_to_load(run)))
-
-
-def crops_of(options: PretrainOptions) -> MultiCropPlan:
-    """How images are cropped, of a method that compares views."""
-    small = {
-        name: value
-        for name, value in (
-            ("local_crops", options.local_crops),
-            ("local_px", options.local_size),
-            ("local_scale", options.local_scale),
-        )
-        if value is not None
-    }
-    return MultiCropPlan(options.image_size, options.crop_scale, **small)  # type: ignore[arg-type]
 
 
 def _keep_tokenizer(run: Path, settled: Settled) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lomar.commands.panels import caption, images_named, panels, pixel_format, readable_crops, tokenised_crops
+from lomar.commands.runs import options_of
 from lomar.commands.settling import TOKENIZER_FILE
 from lomar.errors import UserError
 from lomar.figures.png import save_png
@@ -13,7 +14,7 @@ from lomar.figures.reconstruction import figure7, figure8
 from lomar.interop.tokenizers import load_tokenizer
 from lomar.interop.weights import load_reconstructor
 from lomar.methods.targets import VisualTokens
-from lomar.options import ReconstructOptions
+from lomar.options import PretrainOptions, ReconstructOptions
 
 
 def command(given: Mapping[str, Any]) -> int:
@@ -25,6 +26,12 @@ def command(given: Mapping[str, Any]) -> int:
     out = Path(options.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out is {options.out}; it must end in .png")
+    compared = options_of(options.model, PretrainOptions)
+    if compared.get("head_outputs") is not None and not options.model.endswith(".pth"):
+        raise UserError(
+            f"--model {options.model} is of {compared['method']}, which compares views of an image and predicts no "
+            "pixels to draw; `lomar attention` draws where its cls token looks"
+        )
     method, composition = load_reconstructor(options.model)
     if isinstance(method.target, VisualTokens):
         tokenizer = _folder(options.model) / TOKENIZER_FILE

@@ -58,9 +58,10 @@ def ask_model(run: RunRecord, shown: Shown, options: ReportOptions, say: Callabl
     find_hardware(options.device)  # what was asked for and cannot be had is an error, and no note
     if options.images:
         images_named(options.images, of_a_folder=None)
-    say("asking the model for attention" + (" and reconstructions" if run.kind == "pretrain" else ""))
+    reconstructs = run.kind == "pretrain" and not run.compares_views
+    say("asking the model for attention" + (" and reconstructions" if reconstructs else ""))
     images = _Images(run, options)
-    if run.kind == "pretrain":
+    if reconstructs:
         attempt(shown, "ratios", lambda: _ratios(run, shown, options, images))
     attempt(shown, "attention", lambda: _attention(run, shown, options, images))
     if options.samples:
@@ -234,6 +235,7 @@ def _map(run: RunRecord, shown: Shown, options: ReportOptions, images: _Images) 
     if len(good_ones) < LEAST_MAPPED:
         raise UserError(f"a map needs {LEAST_MAPPED} images, and {len(good_ones)} can be used")
     places, how = layout(unit_length(np.concatenate(features)[good_ones]), "tsne", options.seed)
+    features_are = "cls tokens" if encoder.global_pool == "token" else "pooled features"
     note = ""
     if len(names) > MOST_COLOURS:
         note = f" {len(names)} classes are too many for colours."
@@ -246,7 +248,7 @@ def _map(run: RunRecord, shown: Shown, options: ReportOptions, images: _Images) 
     alt = f"{len(good_ones)} images laid out so that those with like features are near each other"
     shown.map = Picture("", *encoded(drawn), alt + (f", framed by {len(names)} classes" if names else ""))
     shown.notes["map"] = (
-        f"{_weights(run)} {len(good_ones)} images {mapped.of}, by {how} of the encoder's pooled features. Each stands "
+        f"{_weights(run)} {len(good_ones)} images {mapped.of}, by {how} of the encoder's {features_are}. Each stands "
         f"in the free cell nearest to its place.{note}"
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lomar.errors import UserError, is_out_of_memory
+from lomar.figures.crops import CROPS_FILE
 from lomar.figures.reconstruction import columns_of
 from lomar.reporting.page import Picture, Shown
 from lomar.reporting.reading import RunRecord
@@ -30,7 +31,9 @@ def kept_pictures(run: RunRecord) -> Shown:
     """Those in a run's folder; what fails is a note in its section."""
     shown = Shown()
     attempt(shown, "results", lambda: _results(run, shown))
-    if run.kind == "pretrain":
+    if run.compares_views:
+        attempt(shown, "crops", lambda: _crops(run, shown))
+    elif run.kind == "pretrain":
         attempt(shown, "over-time", lambda: _over_time(run, shown))
     return shown
 
@@ -62,6 +65,16 @@ def _results(run: RunRecord, shown: Shown) -> None:
         alt = "Images, and below each what the tokenizer decodes from its tokens"
         found.append(Picture("What is kept", *encoded(picture), alt))
     shown.results = found
+
+
+def _crops(run: RunRecord, shown: Shown) -> None:
+    """What the run has drawn of its crops."""
+    path = run.folder / "figures" / CROPS_FILE
+    if not path.is_file():
+        shown.notes["crops"] = "The run has not drawn its crops."
+        return
+    alt = "A few images, and beside each the large and small crops of it that the encoder gets"
+    shown.crops = Picture("", *encoded(_read(path)), alt)
 
 
 def _over_time(run: RunRecord, shown: Shown) -> None:

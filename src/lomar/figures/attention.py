@@ -33,33 +33,33 @@ IMAGE_SHARES = 0.35, 0.1
 
 @dataclass(frozen=True)
 class AttentionPanel(Window):
-    """One window of one image, a patch of it, and where that patch looks in some layers.
+    """One window of one image, a patch of it or the cls token, and where that looks in some layers.
 
     The window may be all of the image, and nothing of it hidden. Shapes beside those of `Window`: L layers.
 
     Attributes:
-        query: raster index in the window of the patch that looks.
+        query: raster index in the window of the patch that looks; None where the cls token does.
         shares: (L, K * K), shares of its attention on the patches of the window in raster order.
 
     Raises:
         ValueError: a shape that does not fit the others, or a patch outside of the window.
     """
 
-    query: int
+    query: int | None
     shares: NDArray[np.floating]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shares.ndim != 2 or self.shares.shape[1] != self.hidden.size:
             raise ValueError(f"shares must be (L, {self.hidden.size}), not {self.shares.shape}")
-        if not 0 <= self.query < self.hidden.size:
+        if self.query is not None and not 0 <= self.query < self.hidden.size:
             raise ValueError(f"patch {self.query} is outside of a window of {self.hidden.size}")
 
 
 def figure1(
     panels: Sequence[AttentionPanel], layers: Sequence[int], distances: Sequence[float], caption: str
 ) -> Image.Image:
-    """One row an image: the masked window in its place with the query outlined, then a heat map for each layer.
+    """One row an image: the masked window in its place, the patch that looks outlined, then a heat map for each layer.
 
     Each map has all of the colours, from no attention to its own highest, which is written below it.
 
@@ -104,10 +104,11 @@ def _heated(panel: AttentionPanel, window: Rgb, shares: NDArray[np.floating]) ->
 
 
 def _with_query(panel: AttentionPanel, pixels: Rgb, side: int) -> Image.Image:
-    """The window and its surroundings as a tile, with the query outlined."""
+    """The window and its surroundings as a tile, with the query outlined where it is a patch."""
     region = panel.surroundings()
     drawn = tile(pixels[region], side)
-    outline(drawn, panel.patch_box(panel.query), region, QUERY)
+    if panel.query is not None:
+        outline(drawn, panel.patch_box(panel.query), region, QUERY)
     return drawn
 
 

@@ -103,6 +103,8 @@ _MEASURES = {
     "psnr_db": _Measure("decoded at (dB)", now_and_then=True),
     "vocab_used": _Measure("tokens used (%)", 100, now_and_then=True),
     "loss": _Measure("loss", noisy=True),
+    "feature_deviation": _Measure("deviation of features (of 1)", noisy=True, zero=True),
+    "output_entropy": _Measure("entropy of outputs (nats)", noisy=True, zero=True),
     "val_loss": _Measure("loss on images that judge", now_and_then=True),
     "lr": _Measure("learning rate", zero=True),
     "grad_norm": _Measure("gradient norm", noisy=True, log=True),

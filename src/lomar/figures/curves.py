@@ -57,11 +57,12 @@ QUALITIES = (
 def learning_curves(rows: Sequence[Row], path: Path) -> None:
     """Writes one run's loss, learning rate, gradient norm and quality against the optimiser step, as PNG.
 
-    The loss is drawn raw (light) and smoothed. Quality is validation or k-NN accuracy where the run has it, else
+    Of methods that compare views also what tells a collapse. The loss is drawn raw (light) and smoothed. Quality is validation or k-NN accuracy where the run has it, else
     effective rank; its step-0 value is the dashed line "random initialisation". A panel without a value is left out.
 
     Args:
-        rows: rows of `metrics.jsonl`: step, and any of loss, lr, grad_norm, top1, knn_top1, effective_rank.
+        rows: rows of `metrics.jsonl`: step, and any of loss, lr, grad_norm, top1, knn_top1, effective_rank,
+            feature_deviation, output_entropy.
         path: the PNG, replaced atomically.
 
     Raises:
@@ -73,6 +74,10 @@ def learning_curves(rows: Sequence[Row], path: Path) -> None:
         "lr": lambda axes: _draw_plain(axes, rows, "lr", "learning rate"),
         "grad_norm": lambda axes: _draw_gradient(axes, rows),
         quality.key: lambda axes: _draw_quality(axes, {"this run": rows}, quality, "step"),
+        "feature_deviation": lambda axes: _draw_from_zero(
+            axes, rows, "feature_deviation", "deviation of features (of 1)"
+        ),
+        "output_entropy": lambda axes: _draw_from_zero(axes, rows, "output_entropy", "entropy of outputs (nats)"),
     }
     drawings = {key: draw for key, draw in drawings.items() if _points(rows, "step", key)[0].size}
     if not drawings:
@@ -143,6 +148,12 @@ def _draw_loss(axes: Axes, rows: Sequence[Row]) -> None:
     _draw_noisy(axes, step, loss)
     axes.set_ylabel("loss")
     leave_out_outliers(axes, [loss])
+
+
+def _draw_from_zero(axes: Axes, rows: Sequence[Row], key: str, label: str) -> None:
+    _draw_noisy(axes, *_points(rows, "step", key))
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
 
 
 def _draw_plain(axes: Axes, rows: Sequence[Row], key: str, label: str) -> None:

@@ -288,7 +288,12 @@ def _gap(side: int) -> int:
 
 def full_caption(caption: str, windows: Sequence[Window]) -> str:
     """The caption and, once each, what must be said about channels and contrast."""
-    notes = dict.fromkeys(note for window in windows if (note := _note(window.original)))
+    return with_notes(caption, [window.original for window in windows])
+
+
+def with_notes(caption: str, originals: Sequence[NDArray[np.generic]]) -> str:
+    """The same, of images (C, S, S)."""
+    notes = dict.fromkeys(note for original in originals if (note := _note(original)))
     return " ".join([caption, *notes]).strip()
 
 

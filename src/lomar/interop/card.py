@@ -11,7 +11,13 @@ from lomar.model import Encoder
 from lomar.model.encoder import ANY_SIZE
 
 INSTALL = "`pip install .` in a clone of lomar's source (it is not on PyPI)"
-_PAPERS = {"lomar": "2206.00790", "mae": "2111.06377", "beit": "2106.08254"}  # on arXiv
+_PAPERS = {  # on arXiv
+    "lomar": "2206.00790",
+    "mae": "2111.06377",
+    "beit": "2106.08254",
+    "dino": "2104.14294",
+    "mocov3": "2104.02057",
+}
 _CLASSES_SHOWN = 50
 _WHITE = 255.0  # of 8-bit images
 _WHY = {

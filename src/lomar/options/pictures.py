@@ -24,7 +24,7 @@ class ReconstructOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """Draw where a hidden patch looks, and say how far."""
+    """Draw where a hidden patch or the cls token looks, and say how far."""
 
     model: str = option(
         "a run's folder, its reconstructor.safetensors, or an encoder alone (which has visible patches only)",
@@ -42,7 +42,7 @@ class AttentionOptions:
     patch: tuple[int, int] | None = option(
         "the patch that looks: its row and column in the image, counted from 0",
         default=None,
-        auto="a hidden one near the middle",
+        auto="a hidden one near the middle; of encoders that pool by cls that token",
         low=0,
         metavar="ROW COL",
     )

@@ -69,6 +69,7 @@ def summary(run: RunRecord) -> Pairs:
         found.append(("Judged on", shown(judged)))
     if sizes := _sizes(run):
         found.append(("Sees", sizes))
+    found += _views(run)
     if (batch := run.option("batch_size", int)) is not None:
         found.append(("Batch", f"{batch:,} images a step"))
     found += _time(run)
@@ -113,6 +114,13 @@ def key_results(run: RunRecord) -> Pairs:
     val = chosen.get("val") if isinstance(chosen, dict) else None
     if isinstance(val, dict) and is_number(val.get("top1")):
         found.append(("Probe's top-1", f"{100 * val['top1']:.1f} %"))
+    for key, label, unit in (
+        ("feature_deviation", "Deviation of features", "of 1"),
+        ("output_entropy", "Entropy of outputs", "nats"),
+    ):
+        if values := run.values(key):
+            few = max(1, len(values) // 20)
+            found.append((label, f"{fmean(values[:few]):.3g} → {fmean(values[-few:]):.3g} {unit}"))
     if losses := run.values("loss"):
         few = max(1, len(losses) // 20)
         first, last = fmean(losses[:few]), fmean(losses[-few:])
@@ -163,6 +171,17 @@ def differences(runs: Sequence[RunRecord]) -> list[Difference]:
         if len(set(values)) > 1:
             found.append(Difference(name, values, any(name in table and table[name].results for table in tables)))
     return sorted(found, key=lambda difference: not difference.results)
+
+
+def measured_unlike(runs: Sequence[RunRecord]) -> str:
+    """A sentence where the runs' losses measure different things; "" where they can be compared."""
+    kinds = {
+        (run.kind, run.config.get("method") if run.compares_views else run.config.get("target"), run.compares_views)
+        for run in runs
+    }
+    if len(kinds) < 2:
+        return ""
+    return "Their losses measure different things: that one is lower tells nothing of which is better."
 
 
 def compared_results(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
@@ -232,6 +251,8 @@ def _sizes(run: RunRecord) -> str:
     side, patch = run.config.get("image_size"), run.config.get("patch_size")
     if side is None:
         return ""
+    if run.compares_views:
+        return _crops(run)
     parts = [f"{shown(side).replace(' ', ' x ')} pixels"]
     if patch is not None:
         parts.append(f"patches of {shown(patch)}")
@@ -245,6 +266,52 @@ def _sizes(run: RunRecord) -> str:
         if is_number(ratio):
             parts.append(f"{ratio:.0%} hidden")
     return ", ".join(parts)
+
+
+def _crops(run: RunRecord) -> str:
+    """What a method that compares views sees of an image."""
+    parts = [f"two large crops of {shown(run.config['image_size'])} pixels{_area(run.config.get('crop_scale'))}"]
+    if count := run.option("local_crops", int):
+        small = f"{count} small {'one' if count == 1 else 'ones'} of {shown(run.config.get('local_size'))}"
+        parts.append(f"{small}{_area(run.config.get('local_scale'))}")
+    if (patch := run.config.get("patch_size")) is not None:
+        parts.append(f"patches of {shown(patch)}")
+    return ", ".join(parts)
+
+
+def _area(scale: Any) -> str:
+    """Shares of an image's area, in brackets behind a word."""
+    known = isinstance(scale, list | tuple) and len(scale) == 2 and all(map(is_number, scale))
+    return f" ({scale[0]:.0%} to {scale[1]:.0%} of the area)" if known else ""
+
+
+def _views(run: RunRecord) -> Pairs:
+    """What stands behind the encoder, and how its teacher follows and tells, of methods that compare views."""
+    if not run.compares_views:
+        return []
+    outputs, width = shown(run.config["head_outputs"]), run.config.get("head_width")
+    within = f", layers {shown(width)} wide" if width is not None else ""
+    teacher = run.config.get("teacher_temperature")
+    distils = teacher is not None  # as DINO does; MoCo v3 contrasts
+    found = [("Heads", (f"{outputs} prototypes" if distils else f"queries and keys {outputs} wide") + within)]
+    if (momentum := run.config.get("momentum")) is not None:
+        follower = "Teacher" if distils else "Momentum encoder"
+        found.append((follower, f"follows with a momentum of {shown(momentum)}, which rises to 1"))
+    if (temperature := run.config.get("temperature")) is not None:
+        said = f"{shown(temperature)} of the {'student' if distils else 'softmax over the keys'}"
+        found.append(("Temperatures" if distils else "Temperature", said + _warming(run) if distils else said))
+    return found
+
+
+def _warming(run: RunRecord) -> str:
+    """The teacher's temperature, behind the student's."""
+    steps = run.config["teacher_temperature"]
+    first, last = (steps[0], steps[-1]) if isinstance(steps, list | tuple) and steps else (steps, steps)
+    if first == last:
+        return f", {shown(first)} of the teacher"
+    epochs = run.config.get("teacher_temperature_epochs")
+    over = f" over {shown(epochs)} epochs" if epochs is not None else ""
+    return f", {shown(first)} to {shown(last)} of the teacher{over}"
 
 
 def _time(run: RunRecord) -> Pairs:

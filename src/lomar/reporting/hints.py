@@ -29,6 +29,9 @@ LABEL_FREE = ("pretrain", "tokenizer train")
 SPIKE, NEIGHBOURS = 1.5, 25
 # Loss: fallen by less than this, the model predicts little more than the mean, which it does after a few steps.
 FLAT_LOSS, FLAT_STEPS = 0.02, 200
+# Methods that compare views, over the last share of the steps: below either, all images look alike. A run
+# itself stops there; healthy short ones had deviations of 0.45 to 0.65 (of 1) and 2 to 5.5 nats.
+LEAST_DEVIATION, LEAST_ENTROPY, LATELY = 0.05, 0.01, 0.1
 # Gradient norm: clipped at nearly every step, --clip-grad and not the schedule decides how far a step goes.
 CLIPPED = 0.9
 # Learning rate, as a share of its peak, at the last step of a run that was interrupted: what it last learnt was not
@@ -164,11 +167,29 @@ def collapsing_rank(run: RunRecord) -> list[Hint]:
     return [Hint("problem", text, {"best": best, "last": last})]
 
 
+def collapsed(run: RunRecord) -> list[Hint]:
+    """Features or outputs that have become the same for all images, behind the first pass over them."""
+    rows = [row for row in run.rows if all(is_number(row.get(key)) for key in ("feature_deviation", "output_entropy"))]
+    rows = rows[-max(LEAST_STEPS, round(LATELY * len(rows))) :]
+    if len(rows) < LEAST_STEPS or (is_number(rows[-1].get("epoch")) and rows[-1]["epoch"] < 1):  # runs may begin so
+        return []
+    deviation, entropy = (median(row[key] for row in rows) for key in ("feature_deviation", "output_entropy"))
+    if deviation >= LEAST_DEVIATION and entropy >= LEAST_ENTROPY:
+        return []
+    text = (
+        f"All images look nearly alike to the encoder: over the last {len(rows)} steps features deviate by "
+        f"{deviation:.3f} of 1 and outputs have an entropy of {entropy:.3f} nats (medians). The method has collapsed; "
+        f"a lower rate{_rate(run)} or a larger --batch-size may keep them apart."
+    )
+    return [Hint("problem", text, {"deviation": deviation, "entropy": entropy})]
+
+
 def loss_spikes(run: RunRecord) -> list[Hint]:
     """Steps whose loss is far above that of their neighbours."""
     points = run.points("loss")
-    # The losses of classifiers and detectors differ from batch to batch as much as this.
-    if len(points) < 2 * LEAST_STEPS or run.kind not in LABEL_FREE:
+    # The losses of classifiers and detectors differ from batch to batch as much as this. Of methods that compare views
+    # the loss is against what a teacher says, which changes too.
+    if len(points) < 2 * LEAST_STEPS or run.kind not in LABEL_FREE or run.compares_views:
         return []
     values = [value for _, value in points]
     spikes = []
@@ -204,7 +225,8 @@ def always_clipped(run: RunRecord) -> list[Hint]:
     """Gradients that are clipped at nearly every step."""
     limit = run.option("clip_grad", float)
     norms = [row["grad_norm"] for row in _settled(run, "grad_norm")]
-    if not limit or len(norms) < LEAST_STEPS or run.kind == "detect":  # a detector's are, and are meant to be
+    # A detector's are, and are meant to be; where each tensor is clipped alone, the norm of all tells nothing of it.
+    if not limit or len(norms) < LEAST_STEPS or run.kind == "detect" or run.config.get("clip_by") == "tensor":
         return []
     share = sum(norm > limit for norm in norms) / len(norms)
     if share < CLIPPED:
@@ -296,6 +318,8 @@ def flat_loss(run: RunRecord) -> list[Hint]:
     losses = run.values("loss")
     if run.kind not in LABEL_FREE or len(losses) < FLAT_STEPS or run.option("init", str):  # such weights had learnt
         return []
+    if run.compares_views:  # a teacher that learns with the student keeps the loss where it is
+        return []
     tenth = len(losses) // 10
     first, last = fmean(losses[: min(10, tenth)]), fmean(losses[-tenth:])
     if first <= 0 or last < (1 - FLAT_LOSS) * first:
@@ -329,6 +353,7 @@ _RULES: Sequence[Callable[[RunRecord], list[Hint]]] = (
     not_finite,
     flat_loss,
     below_random,
+    collapsed,
     collapsing_rank,
     waiting,
     quality_course,

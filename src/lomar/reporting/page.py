@@ -15,6 +15,7 @@ from lomar.reporting.facts import (
     compared_results,
     differences,
     key_results,
+    measured_unlike,
     options,
     result_numbers,
     state,
@@ -61,6 +62,7 @@ class Shown:
         ratios: strips of the same images: the originals, then masked and filled in at each ratio.
         distances: of each layer, mean attention distance in patches, and what it would be if spread evenly.
         map: of the embedding.
+        crops: what a method that compares views sees of a few images.
         results: pictures that the run itself has drawn of its result.
         notes: name of a section -> sentences on it.
     """
@@ -69,6 +71,7 @@ class Shown:
     ratios: Sequence[Picture] = ()
     distances: Sequence[tuple[float, float]] = ()
     map: Picture | None = None
+    crops: Picture | None = None
     results: Sequence[Picture] = ()
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -142,6 +145,7 @@ def render(
         distance=distance,
         compared=compared_results(records),
         differences=differences(records),
+        unlike=measured_unlike(records),
         most_bad=MOST_BAD,
         quiet=QUIET,
         made=f"{made:%Y-%m-%d %H:%M}",
@@ -194,6 +198,7 @@ def _sections(runs: Sequence[_Told], charts: bool, distance: bool) -> list[tuple
         "summary": ("Summary", True),
         "comparison": ("Comparison", len(runs) > 1),
         "curves": ("Curves", charts),
+        "crops": ("What it saw", any_has("crops") or noted("crops")),
         "over-time": ("Reconstructions over time", any_has("over_time") or noted("over-time")),
         "ratios": ("Reconstructions across mask ratios", any_has("ratios") or noted("ratios")),
         "attention": ("Attention distance", distance or noted("attention")),

@@ -98,6 +98,11 @@ class RunRecord:
         """Updates done, as far as its rows tell."""
         return max((row["step"] for row in self.rows), default=0)
 
+    @property
+    def compares_views(self) -> bool:
+        """Whether its method compares crops of an image, as DINO and MoCo v3 do, and predicts no patches."""
+        return self.kind == "pretrain" and self.config.get("head_outputs") is not None
+
     def points(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of the rows that have a finite number under a key."""
         return [(row["step"], float(row[key])) for row in self.rows if is_number(row.get(key))]
