@@ -1,4 +1,4 @@
-"""`lomar attention`: where a hidden patch looks, as the paper's Fig. 1, or the cls token; how far they look by layer."""
+"""`lomar attention`: where a hidden patch looks, as the paper's Fig. 1, or the cls token; how far by layer."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -294,10 +294,10 @@ def _layers(asked: tuple[int, ...] | None, subject: Subject) -> tuple[int, ...]:
 def _caption(subject: Subject, even: float, by_cls: bool) -> str:
     looker = "cls token to the patches" if by_cls else f"outlined {subject.looking} to the others and to itself"
     return (
-        f"{subject.about} Colours: attention of the {looker}, mean over the heads of each {subject.part} layer; below each map, "
-        "what share its brightest patch has. In the titles: "
-        f"how far {subject.looking}es look on average, weighted by attention, over all images here; spread evenly, "
-        f"attention would go {even:.1f} patches. {'What it gives itself' if by_cls else 'The cls token'} is left out."
+        f"{subject.about} Colours: attention of the {looker}, mean over the heads of each "
+        f"{subject.part} layer; below each map, what share its brightest patch has. In the titles: how far "
+        f"{subject.looking}es look on average, weighted by attention, over all images here; spread evenly, attention "
+        f"would go {even:.1f} patches. {'What it gives itself' if by_cls else 'The cls token'} is left out."
     )
 
 

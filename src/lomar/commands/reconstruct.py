@@ -26,13 +26,16 @@ def command(given: Mapping[str, Any]) -> int:
     out = Path(options.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out is {options.out}; it must end in .png")
-    compared = options_of(options.model, PretrainOptions)
-    if compared.get("head_outputs") is not None and not options.model.endswith(".pth"):
+    try:
+        method, composition = load_reconstructor(options.model)
+    except UserError:
+        run = options_of(options.model, PretrainOptions)
+        if run.get("head_outputs") is None:
+            raise
         raise UserError(
-            f"--model {options.model} is of {compared['method']}, which compares views of an image and predicts no "
-            "pixels to draw; `lomar attention` draws where its cls token looks"
-        )
-    method, composition = load_reconstructor(options.model)
+            f"--model {options.model} is of {run['method']}, which compares views of an image and predicts no pixels "
+            "that could be drawn; `lomar attention` draws where its cls token looks"
+        ) from None
     if isinstance(method.target, VisualTokens):
         tokenizer = _folder(options.model) / TOKENIZER_FILE
         if not tokenizer.exists():

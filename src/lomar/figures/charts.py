@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from lomar.figures.curves import COLOURS, STYLE, Row, Values, leave_out_outliers, smoothed
+from lomar.figures.curves import COLLAPSE, COLOURS, STYLE, Row, Values, leave_out_outliers, smoothed
 
 WIDTH_IN, HEIGHT_IN = 3.75, 2.3  # at 96 CSS pixels an inch: 360 px wide, as a phone's screen
 MOST_POINTS = 500  # of a line: more cannot be told apart, and make the page large
@@ -103,8 +103,7 @@ _MEASURES = {
     "psnr_db": _Measure("decoded at (dB)", now_and_then=True),
     "vocab_used": _Measure("tokens used (%)", 100, now_and_then=True),
     "loss": _Measure("loss", noisy=True),
-    "feature_deviation": _Measure("deviation of features (of 1)", noisy=True, zero=True),
-    "output_entropy": _Measure("entropy of outputs (nats)", noisy=True, zero=True),
+    **{key: _Measure(label, noisy=True, zero=True) for key, label in COLLAPSE.items()},
     "val_loss": _Measure("loss on images that judge", now_and_then=True),
     "lr": _Measure("learning rate", zero=True),
     "grad_norm": _Measure("gradient norm", noisy=True, log=True),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,16 @@ QUALITIES = (
 )
 
 
+# What tells that a method that compares views makes all images alike.
+COLLAPSE = {"feature_deviation": "deviation of features (of 1)", "output_entropy": "entropy of outputs (nats)"}
+
+
 def learning_curves(rows: Sequence[Row], path: Path) -> None:
     """Writes one run's loss, learning rate, gradient norm and quality against the optimiser step, as PNG.
 
-    Of methods that compare views also what tells a collapse. The loss is drawn raw (light) and smoothed. Quality is validation or k-NN accuracy where the run has it, else
-    effective rank; its step-0 value is the dashed line "random initialisation". A panel without a value is left out.
+    Of methods that compare views also what tells a collapse. The loss is drawn raw (light) and smoothed. Quality is
+    validation or k-NN accuracy where the run has it, else effective rank; its step-0 value is the dashed line "random
+    initialisation". A panel without a value is left out.
 
     Args:
         rows: rows of `metrics.jsonl`: step, and any of loss, lr, grad_norm, top1, knn_top1, effective_rank,
@@ -74,11 +80,8 @@ def learning_curves(rows: Sequence[Row], path: Path) -> None:
         "lr": lambda axes: _draw_plain(axes, rows, "lr", "learning rate"),
         "grad_norm": lambda axes: _draw_gradient(axes, rows),
         quality.key: lambda axes: _draw_quality(axes, {"this run": rows}, quality, "step"),
-        "feature_deviation": lambda axes: _draw_from_zero(
-            axes, rows, "feature_deviation", "deviation of features (of 1)"
-        ),
-        "output_entropy": lambda axes: _draw_from_zero(axes, rows, "output_entropy", "entropy of outputs (nats)"),
     }
+    drawings |= {key: partial(_draw_from_zero, rows=rows, key=key, label=label) for key, label in COLLAPSE.items()}
     drawings = {key: draw for key, draw in drawings.items() if _points(rows, "step", key)[0].size}
     if not drawings:
         raise ValueError("no row holds a loss, learning rate, gradient norm or feature quality")
