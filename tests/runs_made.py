@@ -26,6 +26,24 @@ CONFIG = {
     "eval_data": None,
     "mask_layer": 0,
 }
+VIEWS = CONFIG | {
+    "method": "dino",
+    "window_size": None,
+    "views": None,
+    "mask_ratio": None,
+    "local_crops": 8,
+    "local_size": 16,
+    "local_scale": [0.05, 0.4],
+    "crop_scale": [0.4, 1.0],
+    "head_width": 32,
+    "head_outputs": 64,
+    "momentum": 0.996,
+    "temperature": 0.1,
+    "teacher_temperature": [0.04, 0.07],
+    "teacher_temperature_epochs": 30,
+    "clip_by": "tensor",
+    "max_steps": 300,
+}
 FINETUNE = {
     "model": "/run",
     "data": "/labelled",

@@ -27,6 +27,12 @@ def test_each_measure_that_rows_hold_has_a_chart_in_a_fixed_order() -> None:
     assert charts[0].alt == "Curve of k-NN top-1 accuracy (%) against steps. run: 30 at first, 50 at last."
 
 
+def test_what_tells_a_collapse_stands_behind_the_loss() -> None:
+    charts = charts_of({"run": course(feature_deviation=0.5, output_entropy=3.0)})
+    assert [chart.key for chart in charts][:3] == ["loss", "feature_deviation", "output_entropy"]
+    assert all(chart.foreseen for chart in charts)
+
+
 def test_a_measure_that_nobody_foresaw_has_a_chart_of_its_own_name() -> None:
     rows = course()
     rows[-1]["some_score"] = 3.0

@@ -65,6 +65,14 @@ def test_one_run_has_a_labelled_panel_for_each_thing_it_recorded(tmp_path: Path,
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
 
 
+def test_what_tells_a_collapse_has_panels_from_zero(tmp_path: Path, drawn: list[Figure]) -> None:
+    rows = [row | ({"feature_deviation": 0.4, "output_entropy": 2.5} if "loss" in row else {}) for row in run()]
+    learning_curves(rows, tmp_path / "curves.png")
+    axes = by_label(drawn[0])
+    assert list(axes)[4:] == ["deviation of features (of 1)", "entropy of outputs (nats)"]
+    assert all(each.get_ylim()[0] == 0 for each in list(axes.values())[4:])
+
+
 def test_the_smoothed_loss_is_a_centred_mean_of_the_raw_one(tmp_path: Path, drawn: list[Figure]) -> None:
     rows = run(steps=160)
     learning_curves(rows, tmp_path / "curves.png")

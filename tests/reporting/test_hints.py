@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs_made import CONFIG, FINETUNE, Row, course, judged, make_run
+from runs_made import CONFIG, FINETUNE, VIEWS, Row, course, judged, make_run
 
 from lomar.reporting import hints
 from lomar.reporting.hints import Hint, hints_on
@@ -180,6 +180,42 @@ def test_losses_that_were_not_finite(run: Reader) -> None:
     rows = course()
     rows[6]["loss"] = None
     assert "at step 7" in only(hints.not_finite(run(rows, log="x"))).text
+
+
+def course_of_views(steps: int = 300, **values: Any) -> list[Row]:
+    return course(steps, **{"feature_deviation": 0.5, "output_entropy": 3.0, "loss": 2.0} | values)
+
+
+def test_a_quiet_run_that_compares_views_has_none(run: Reader) -> None:
+    """Its loss need not fall, may jump, and each tensor's gradient is clipped alone."""
+    rows = course_of_views(grad_norm=50.0)
+    rows[200]["loss"] = 9.0
+    assert hints_on(run(rows, VIEWS)) == []
+    masked = CONFIG | {"max_steps": 300}
+    assert {"flat_loss", "loss_spikes", "always_clipped"} == {
+        rule.__name__ for rule in (hints.flat_loss, hints.loss_spikes, hints.always_clipped) if rule(run(rows, masked))
+    }
+
+
+@pytest.mark.parametrize(
+    ("deviation", "entropy", "there"),
+    [(0.049, 3.0, True), (0.051, 3.0, False), (0.5, 0.009, True), (0.5, 0.011, False)],
+)
+def test_a_collapse(run: Reader, deviation: float, entropy: float, there: bool) -> None:
+    ends = {
+        "feature_deviation": lambda share: 0.5 if share < 0.85 else deviation,
+        "output_entropy": lambda share: 3.0 if share < 0.85 else entropy,
+    }
+    found = hints.collapsed(run(course_of_views(**ends), VIEWS))
+    assert [hint.severity for hint in found] == ["problem"] * there
+    if there:
+        assert "over the last 30 steps" in found[0].text and "(--base-lr)" in found[0].text
+
+
+def test_a_collapse_is_not_told_of_the_first_epoch_nor_of_one_that_was_left(run: Reader) -> None:
+    assert hints.collapsed(run(course_of_views(99, feature_deviation=0.01), VIEWS)) == []  # 100 steps are an epoch
+    left = course_of_views(feature_deviation=lambda share: 0.01 if share < 0.85 else 0.3)
+    assert hints.collapsed(run(left, VIEWS)) == []
 
 
 def test_gradients_that_are_always_clipped(run: Reader) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from runs_made import CONFIG, FINETUNE, course, judged, make_run
+from runs_made import CONFIG, FINETUNE, VIEWS, course, judged, make_run
 
 from lomar.figures.charts import charts_of
 from lomar.reporting.hints import hints_on
@@ -157,6 +157,26 @@ def test_two_runs_are_compared(run: RunRecord, tmp_path: Path) -> None:
     assert "--views 2 \N{EN DASH}" in found.text and "--mask-ratio 0.8 0.8" not in found.text
     assert "k-NN top-1 30.0 % before training → 45.4 % 30.0 % before training → 60.0 %" in found.text
     assert "No option differs." in page(run, run).text
+
+
+def test_a_method_that_compares_views_is_told_in_its_own_words(run: RunRecord, tmp_path: Path) -> None:
+    rows = course(300, feature_deviation=lambda share: 0.6 - 0.1 * share, output_entropy=3.0)
+    views = read_run(make_run(tmp_path / "views", rows, VIEWS))
+    drawn = Shown(crops=PIXEL, notes={"attention": "noted"})
+    told = Page(render([views], [hints_on(views)], [drawn], [PIXEL], PIXEL, MADE))
+    ids = [attributes["id"] for attributes in told.all("h2")]
+    assert "crops" in ids and "over-time" not in ids and "ratios" not in ids
+    for text in (
+        "two large crops of 32 pixels (40% to 100% of the area), 8 small ones of 16 (5% to 40% of the area), patches",
+        "Heads 64 prototypes, layers 32 wide",
+        "Teacher follows with a momentum of 0.996, which rises to 1",
+        "Temperatures 0.1 of the student, 0.04 to 0.07 of the teacher over 30 epochs",
+        "Deviation of features 0.598 → 0.502 of 1",
+        "Entropy of outputs 3 → 3 nats",
+    ):
+        assert text in told.text, text
+    unlike = "losses measure different things"
+    assert unlike in page(run, views).text and unlike not in page(run, run).text
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
