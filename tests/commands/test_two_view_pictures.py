@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_attention import Drawn
 
 from lomar.commands import attention, crops
 from lomar.commands.crops import crops_of, seen_crops
@@ -139,21 +138,21 @@ def test_there_is_nothing_to_reconstruct(
 def test_attention_is_that_of_the_cls_token_unless_a_patch_is_named(
     runs: dict[str, Path], lomar: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Drawn] = []
+    seen: list[tuple[Any, ...]] = []
     figure1 = attention.figure1
 
     def listen(*given: Any) -> Image.Image:
-        seen.append(Drawn(*given))
+        seen.append(given)
         return figure1(*given)
 
     monkeypatch.setattr(attention, "figure1", listen)
     words = ("attention --model", runs["dino"], "--images", photos / "red", "--out", tmp_path / "a.png")
     assert lomar(*words).status == 0 and lomar(*words, "--patch 1 2").status == 0
-    by_cls, by_patch = seen
-    assert "attention of the cls token to the patches" in by_cls.caption
-    assert [panel.query for panel in by_cls.panels] == [None] * 4 and by_patch.panels[0].query == 6
-    assert by_cls.distances == by_patch.distances  # of all patches, in both
-    for panel in by_cls.panels:
+    (by_cls, _, distances, caption), (by_patch, _, distances_again, _) = seen
+    assert "attention of the cls token to the patches" in caption
+    assert [panel.query for panel in by_cls] == [None] * 4 and by_patch[0].query == 6
+    assert distances == distances_again  # of all patches, in both
+    for panel in by_cls:
         assert np.allclose(panel.shares.sum(axis=1), 1) and panel.shares.shape == (2, 16)
     done = lomar(*words, "--mask-ratio 0.5")
     assert (done.status, done.err.count("\n")) == (2, 1) and "has no mask token" in done.err
