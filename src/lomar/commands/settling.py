@@ -308,21 +308,21 @@ def check_fit(values: Mapping[str, Any], tokenizer: DiscreteVAE | None) -> None:
         raise UserError(f"--image-size {image} is not a multiple of --patch-size {patch}; {nearest} would be")
     if patch**2 * values["channels"] < 2:
         raise UserError("--patch-size 1 with 1 channel leaves one number a patch, which cannot be normalised; take 2")
+    objective = RECIPES[values["method"]].objective
+    if objective:
+        check_views(objective, values)
+    else:
+        _check_masks(values, image // patch, tokenizer)
     width, _, _ = _size(values["model"])
-    decodes = values.get("architecture") == "encoder-decoder"
     if values["position"] == "sincos":
-        for name, of in [("model", width)] + [("decoder_width", values.get("decoder_width"))] * decodes:
+        decoder = ["decoder_width"] * (values.get("architecture") == "encoder-decoder")
+        for name, of in [("model", width), *((name, values[name]) for name in decoder)]:
             if of % 4:
                 raise UserError(f"--position sincos needs widths that 4 divides; {flag(name)} is {values[name]}")
     low, high = values["crop_scale"]
     if low > high:
         raise UserError(f"--crop-scale is {low} {high}; the smaller share comes first")
     check_processes(values["batch_size"], values.get("strategy", "ddp"))
-    objective = RECIPES[values["method"]].objective
-    if objective:
-        check_views(objective, values)
-    else:
-        _check_masks(values, image // patch, tokenizer)
 
 
 def _check_masks(values: Mapping[str, Any], grid: int, tokenizer: DiscreteVAE | None) -> None:

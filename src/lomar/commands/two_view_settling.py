@@ -44,7 +44,7 @@ def fitted_views(objective: str, values: Mapping[str, Any], wanted: Collection[s
         outputs = max(64, given * width // base_width // 8) if objective == "dino" else max(64, given // 2)
         choices = {
             "head_width": Choice(max(64, within * width // base_width), reason),
-            "head_outputs": Choice(outputs, ""),
+            "head_outputs": Choice(outputs, "likewise"),
         }
     base = BASE_MOMENTUM[objective]
     momentum = round(min(base, max(0.5, 1 - FOLLOWED / steps)), 4)
