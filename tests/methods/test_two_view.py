@@ -292,3 +292,26 @@ def test_plain_values_rebuild_a_composition() -> None:
     assert TwoViewComposition.from_dict(composition.to_dict()) == composition
     assert replace(composition, image_size=112).grid == (7, 7)
     assert composition.local_grid == (6, 6)
+
+
+def test_head_and_loss_of_dino_are_lightlys() -> None:
+    """Where lightly is installed; it is no dependency."""
+    loss = pytest.importorskip("lightly.loss")
+    heads = pytest.importorskip("lightly.models.modules.heads")
+    ours = PrototypeHead(6, 10, 4, 12)
+    theirs = heads.DINOProjectionHead(6, 10, 4, 12)
+    linear = [layer for layer in theirs.layers if isinstance(layer, nn.Linear)]
+    for own, other in zip([layer for layer in ours.mlp if isinstance(layer, nn.Linear)], linear, strict=True):
+        own.load_state_dict(other.state_dict())
+    ours.prototypes.data = theirs.last_layer.weight_v.data
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+    method = made("dino", teacher_temperature=(0.06, 0.06), head_outputs=12)
+    assert isinstance(method, DINO)
+    method.centre = torch.randn(1, 12)
+    judge = loss.DINOLoss(12, teacher_temp=0.06, student_temp=0.1)
+    judge.center = method.centre[None].clone()
+    teacher, student = torch.randn(3, 2, 12), torch.randn(3, 5, 12)
+    expected = judge(list(teacher.unbind(1)), list(student.unbind(1)), teacher_temp=0.06)
+    torch.testing.assert_close(method.loss(teacher, student)[0].mean(), expected)

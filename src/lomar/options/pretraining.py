@@ -181,7 +181,12 @@ class PretrainOptions:
         metavar="N",
     )
     local_size: int | None = option(
-        "side of a small crop, in pixels", default=None, auto="of dino, in proportion to 96 of 224", low=1, high=MOST_SIDE, metavar="PX"
+        "side of a small crop, in pixels",
+        default=None,
+        auto="of dino, in proportion to 96 of 224",
+        low=1,
+        high=MOST_SIDE,
+        metavar="PX",
     )
     local_scale: tuple[float, float] | None = option(
         "smallest and largest share of an image's area that a small crop covers",
