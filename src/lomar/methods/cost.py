@@ -118,7 +118,7 @@ def forward_flops(c: Composition | TwoViewComposition) -> Flops:
 def step_flops(c: Composition | TwoViewComposition) -> int:
     """FLOPs of a training step for one image: forward and backward through what learns, forward through a teacher.
 
-    The patch embedding counts as all else, though no gradient of the image is needed, nor any of a frozen one's weights.
+    The patch embedding counts as all else, though the image needs no gradient, nor a frozen embedding any.
     """
     forward = forward_flops(c)
     return STEP * (forward.total - forward.teacher) + forward.teacher
@@ -190,7 +190,7 @@ def tokenizer_flops(
 
 
 def trained_parameters(c: Composition | TwoViewComposition) -> int:
-    """Numbers that pretraining learns: of encoder, decoder and head; not a teacher's, nor a frozen patch embedding's."""
+    """Numbers that pretraining learns: of encoder, decoder and head; not a teacher, nor a frozen patch embedding."""
     count = c.embed_dim + _transformer_parameters(c, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio)  # cls token
     patch_embedding = (_patch_values(c) + 1) * c.embed_dim
     if isinstance(c, TwoViewComposition):
