@@ -152,7 +152,7 @@ def test_a_rehearsal_runs_nothing_and_shows_the_commands(lomar: Any, labelled: P
         ),
         (
             "table1 --rows mocov3 --batch-size 1 --data DATA --out OUT",
-            r"row 'mocov3' cannot be trained: --batch-size is 1; mocov3 compares images with each other: 2 is the least",
+            r"row 'mocov3' cannot be trained: --batch-size is 1; mocov3 compares images with each other: 2 ",
         ),
         (
             "table1 --patch-size 7 --data DATA --out OUT",
