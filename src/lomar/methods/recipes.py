@@ -41,6 +41,7 @@ class Recipe:
         result: what the paper reports: top-1 accuracy in per cent after fine-tuning at 224 px, if not said otherwise.
         hours: the paper's pretraining time on four A100; None where it does not say.
         objective: "" for masked reconstruction, else one of `OBJECTIVES`.
+        note: what a reader of the full run should know.
     """
 
     paper: str
@@ -50,6 +51,7 @@ class Recipe:
     result: str = ""
     hours: int | None = None
     objective: str = ""
+    note: str = ""
 
     def composition(self, name: str) -> Composition | TwoViewComposition:
         """The method at the paper's size."""
@@ -288,6 +290,7 @@ RECIPES: dict[str, Recipe] = {
         DINO_IMAGENET | _course(300, 10),
         "82.8",
         objective="dino",
+        note="Arguments of DINO's released ViT-B/16, told from memory; that run had 400 epochs, the paper's row 300.",
     ),
     "mocov3": Recipe(
         "Table 1",
@@ -296,6 +299,7 @@ RECIPES: dict[str, Recipe] = {
         MOCOV3_IMAGENET | _course(300, 40),
         "83.2",
         objective="mocov3",
+        note="The paper's 600 epochs count both crops: they are MoCo v3's 300.",
     ),
     "beit-lomar": Recipe(
         "Table 3",
