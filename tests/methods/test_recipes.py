@@ -13,7 +13,7 @@ from lomar.commands.settling import asked_for_pretraining, settle
 from lomar.methods.composition import Composition, TwoViewComposition
 from lomar.methods.cost import forward_flops
 from lomar.methods.masks import BlockwiseMask, KeptMask, UniformMask
-from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, OPENAI_VOCAB, RECIPES, compose
+from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, OPENAI_VOCAB, RECIPES
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.methods.two_view import TwoView
 from lomar.methods.views import LocalWindows, WholeImage
@@ -212,7 +212,7 @@ def test_the_printed_configuration_is_accepted_and_composes_the_same_method(name
     unsaid = {option: getattr(expected, option) for option in left_out(expected)}
     assert not values.keys() & unsaid.keys()
     values |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} | unsaid
-    assert compose(values, OPENAI_VOCAB, scale=255.0) == expected
+    assert recipe.compose(values, OPENAI_VOCAB, scale=255.0) == expected
     course = dict(recipe.options) | dict(recipe.full)
     assert course.keys() <= values.keys() and {k: values[k] for k in course} == course
     # Every option that changes results is told, but for what the data and the user bring.

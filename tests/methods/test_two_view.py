@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lomar.data.loader import SampleKey
 from lomar.methods.composition import TwoViewComposition
 from lomar.methods.heads import PrototypeHead, batch_normed_mlp
-from lomar.methods.recipes import RECIPES, compose
+from lomar.methods.recipes import RECIPES
 from lomar.methods.two_view import DINO, MoCoV3, TwoView
 from lomar.training.optim import adamw
 
@@ -24,7 +24,7 @@ def made(method: str, **changes: Any) -> TwoView:
     recipe = RECIPES[method]
     values = {"method": method, "mean": (0.5,) * 3, "std": (0.25,) * 3} | dict(recipe.full) | dict(recipe.options)
     values |= SMALL | (LOCAL if method == "dino" else {}) | changes
-    composition = compose(values, 0, scale=255.0)
+    composition = recipe.compose(values, 0, scale=255.0)
     assert isinstance(composition, TwoViewComposition)
     torch.manual_seed(0)
     return composition.build()

@@ -137,7 +137,7 @@ def test_flops_of_a_run_with_a_teacher_are_its_methods(setup: Setup, run: Path) 
     values |= {"local_size": 24, "mean": (0.5,) * 3, "std": (0.5,) * 3, "channels": 3, "pixel_type": "uint8"}
     write_config(run, values)
     found = steps(Job(LATE, False), setup)[0].read()
-    assert found["flops_of_image"] == step_flops(compose(values, 0, 255.0)) and found["images"] == 16
+    assert found["flops_of_image"] == step_flops(RECIPES["dino"].compose(values, 0, 255.0)) and found["images"] == 16
 
 
 def test_a_rate_that_had_to_be_halved_counts_as_diverged(setup: Setup, run: Path) -> None:

@@ -34,7 +34,6 @@ from lomar.methods.recipes import (
     OPENAI_VOCAB,
     RECIPES,
     VIEWS_OF_WINDOW,
-    compose,
     mask_layer_for,
 )
 from lomar.model.attention import BACKENDS, backend_for
@@ -403,7 +402,7 @@ class _Planner:
             values["mask_min_block"] = min(values["mask_min_block"], max(1, round(16 * patches / 196)))
         try:
             check_fit(values, None)
-            composition = compose(values, OPENAI_VOCAB, scale=255.0)
+            composition = recipe.compose(values, OPENAI_VOCAB, scale=255.0)
             with torch.device("meta"):
                 composition.build()
         except (UserError, ValueError) as error:

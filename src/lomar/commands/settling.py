@@ -44,7 +44,6 @@ from lomar.methods.recipes import (
     RECIPES,
     VIEWS_OF_WINDOW,
     Recipe,
-    compose,
     mask_layer_for,
 )
 from lomar.methods.reconstruction import MaskedReconstruction
@@ -87,7 +86,7 @@ class Settled:
     def composition(self) -> Composition | TwoViewComposition:
         """What rebuilds the method."""
         vocab = self.tokenizer.vocab if self.tokenizer else 0
-        return compose(asdict(self.options), vocab, self.fmt.scale)
+        return RECIPES[self.options.method].compose(asdict(self.options), vocab, self.fmt.scale)
 
     def build(self) -> MaskedReconstruction | TwoView:
         """The method with fresh weights, and its tokenizer."""

@@ -10,7 +10,7 @@ from typing import Any
 from lomar.data.decode import PixelFormat
 from lomar.interop.tokenizers import load_tokenizer
 from lomar.methods.cost import step_flops, tokenizer_flops
-from lomar.methods.recipes import RECIPES, compose
+from lomar.methods.recipes import RECIPES
 from lomar.options import PretrainOptions, flag, read_config
 from lomar.study.plan import Cell, Job
 from lomar.study.splits import FOLDER, JUDGE, PRETRAIN, TUNE, WATCH
@@ -221,7 +221,7 @@ def _flops_of_image(run: Path, options: Mapping[str, Any]) -> int:
     """Of a step of the method that a run's options make, with the forward pass of its tokenizer if it has one."""
     tokenizer = load_tokenizer(run / TOKENIZER) if options.get("target") == "tokens" else None
     scale = PixelFormat(options["channels"], options["pixel_type"]).scale
-    c = compose(options, tokenizer.vocab if tokenizer else 0, scale)
+    c = RECIPES[options["method"]].compose(options, tokenizer.vocab if tokenizer else 0, scale)
     if tokenizer is None:
         return step_flops(c)
     encoder = tokenizer.encoder
