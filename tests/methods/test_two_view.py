@@ -253,6 +253,18 @@ def test_any_position_will_do(name: str, position: str) -> None:
     torch.testing.assert_close(method.encoder(images), method.encoder.forward_features(images)[:, 0])
 
 
+@pytest.mark.parametrize("name", ["dino", "mocov3"])
+def test_in_bfloat16_losses_are_near_those_of_float32(name: str) -> None:
+    found = []
+    for enabled in (False, True):
+        method = made(name, drop_path=0.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses, count = method(**batch(method, images=8))
+        losses.backward()
+        found.append(float(losses) / count)
+    assert found[1] == pytest.approx(found[0], rel=0.03)
+
+
 def test_drop_path_is_the_samples_own() -> None:
     method = made("mocov3", drop_path=0.5)
     drawn = method.draw(seed=3)(SampleKey(1, 2, 3, 4))
