@@ -97,7 +97,7 @@ def test_a_step_of_two_views_changes_every_weight_and_the_teacher_follows(
 ) -> None:
     """Prototypes among them, which are frozen at first; the loader's batches are those of noise."""
     c = small_views(name)
-    given = {"composition": c.to_dict(), "clip_grad": 3.0, "clip_each": name == "dino"}
+    given: dict[str, Any] = {"composition": c.to_dict(), "clip_grad": 3.0, "clip_each": name == "dino"}
     step = pretraining.training_step(place, 3, **given, data=data and str(photos))
     (method,) = trained
     assert isinstance(method, TwoView)

@@ -107,7 +107,7 @@ def test_fig_5_shows_about_equally_many_patches_at_every_window(
     assert method.views == LocalWindows((14, 14), side, views)
     assert method.mask.count == hidden
     assert (method.mask.patches - hidden) * views == visible
-    composition = RECIPES[f"fig5-{kind}-{side}"].composition("")
+    composition = RECIPES[f"fig5-{kind}-{side}"].composition(f"fig5-{kind}-{side}")
     position, architecture = {
         "rpe": ("contextual", "masked-encoder"),
         "ape": ("sincos", "masked-encoder"),

@@ -71,15 +71,12 @@ def training_step(
     """
     c = composition_from(composition)
     method = c.build()
-    trained: nn.Module = method
-    paced = None
+    paced = method if isinstance(method, TwoView) else None
     if isinstance(method, TwoView):
         method.set_course(_MANY, steps_per_epoch=1.0)
-        paced = method
-    elif isinstance(c, Composition):
-        if isinstance(method.target, VisualTokens):
-            method.target.tokenizer = tokenizer(c) if with_tokenizer else KnownTokens()  # type: ignore[assignment]
-        trained = TimmMAE(c) if of_timm else method
+    elif isinstance(method.target, VisualTokens) and isinstance(c, Composition):
+        method.target.tokenizer = tokenizer(c) if with_tokenizer else KnownTokens()  # type: ignore[assignment]
+    trained = TimmMAE(c) if of_timm and isinstance(c, Composition) else method
     if data:
         batches = _real(place, images, c, method, data, crop_scale, color_jitter, workers)
     else:

@@ -306,4 +306,6 @@ class TwoViewComposition(EncoderComposition):
 
 def composition_from(values: Mapping[str, Any]) -> Composition | TwoViewComposition:
     """The inverse of `to_dict`, of either kind."""
-    return (TwoViewComposition if "objective" in values else Composition).from_dict(values)
+    if "objective" in values:
+        return TwoViewComposition.from_dict(values)
+    return Composition.from_dict(values)
