@@ -34,7 +34,7 @@ from lomar.errors import UserError, is_out_of_memory
 from lomar.interop.initial import initial_options
 from lomar.interop.tokenizers import load_tokenizer
 from lomar.methods.composition import Composition, TwoViewComposition
-from lomar.methods.cost import TRAINED_BYTES
+from lomar.methods.cost import FIXED_BYTES, TRAINED_BYTES
 from lomar.methods.recipes import (
     DEPTH,
     IMAGENET_MEAN,
@@ -403,7 +403,8 @@ def _check_parts(settled: Settled) -> None:
     except (ValueError, RuntimeError) as error:  # torch's own where sizes overflow
         raise UserError(f"these options do not make a method: {' '.join(str(error).split())[:300]}") from None
     weights = sum(tensor.numel() for tensor in (*method.parameters(), *method.buffers()))
-    needed, there = TRAINED_BYTES * weights, settled.hardware.memory_bytes
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    needed, there = TRAINED_BYTES * trained + FIXED_BYTES * (weights - trained), settled.hardware.memory_bytes
     if needed > there and settled.options.strategy != "fsdp":
         raise UserError(
             f"these options make a method of {weights:,} weights; to train it takes {needed / 1e9:.1f} GB, and "

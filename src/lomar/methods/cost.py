@@ -14,6 +14,7 @@ from lomar.model.positions import BUCKETS, Grid
 STEP = 3  # forward passes that a training step costs: the backward pass is two products for each one
 
 TRAINED_BYTES = 16  # of a weight in float32, its gradient and two moments
+FIXED_BYTES = 4  # of one that is not trained
 
 
 class Passage(NamedTuple):
