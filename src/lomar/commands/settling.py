@@ -247,15 +247,11 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     Raises:
         UserError: there is no run, its files are not whole, or another result is asked for.
     """
-    values = stored(run, asked, PretrainOptions)
+    values = stored(run, asked, PretrainOptions, _parts_of)
     options = PretrainOptions(**values)
     if options.model == "auto":
         raise UserError(f"{run / CONFIG_FILE} is not what a run writes: it must settle model")
-    recipe = _recipe(options.method)
-    kind = OF_VIEWS if recipe.objective else OF_MASKS
-    lacking = [name for name in kind - recipe.lacks - {"tokenizer"} if values.get(name) is None]
-    if lacking:
-        raise UserError(f"{run / CONFIG_FILE} is not complete: it lacks {', '.join(sorted(lacking))}")
+    _recipe(options.method)
     if options.target is not None:
         _check_target(options.target)
     tokenizer = load_tokenizer(run / TOKENIZER_FILE) if options.target == "tokens" else None
@@ -266,6 +262,12 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     settled = Settled(options, open_source(options.data), hardware, tokenizer)
     _check_parts(settled)
     return settled
+
+
+def _parts_of(values: Mapping[str, Any]) -> frozenset[str]:
+    """Options that a run's method has and others have not."""
+    recipe = RECIPES.get(values.get("method", ""))
+    return frozenset() if recipe is None else (OF_MASKS | OF_VIEWS) - recipe.lacks - {"tokenizer"}
 
 
 def _size(model: str) -> tuple[int, int, int]:
