@@ -2,6 +2,7 @@
 # Every check that waits for a GPU, in calls under ten minutes on a machine without network; results go to $OUT.
 #
 #   bash benchmarks/device.sh speed-224  # LoMaR, LoMaR-late and MAE, ours and of timm's blocks, compiled, 224 px
+#   bash benchmarks/device.sh speed-views # DINO and MoCo v3 beside MAE at 224 px
 #   bash benchmarks/device.sh speed-448  # the same at 448 px
 #   bash benchmarks/device.sh figure-4   # methods against resolution: the paper's Fig. 4
 #   bash benchmarks/device.sh figure-5   # LoMaR against window size: the paper's Fig. 5 (right)
@@ -41,6 +42,9 @@ speed-224) # The bars at 224 px, and images a second of LoMaR-late.
 speed-448) # The bars at 448 px, with peak memory.
     benchmark 560 --methods lomar lomar-late mae timm-mae --image-sizes 448 --batch-sizes 128 --compile yes --rounds 2
     ;;
+speed-views) # DINO and MoCo v3 beside MAE at 224 px: crops distorted on the device, teachers and all.
+    benchmark 560 --methods lomar mae dino mocov3 --image-sizes 224 --batch-sizes 128 --compile yes --rounds 2
+    ;;
 figure-4) # Not compiled, which would take a minute for each of 16 rows.
     benchmark 570 --batch-sizes 16 --compile no --steps 10 --rounds 2
     ;;
@@ -69,7 +73,7 @@ methods) # Every method trains: losses and images a second of twenty steps; a to
     timeout 120 python3 -m lomar tokenizer train --data .device/imagenette/train --out "$out/tokenizer.safetensors" \
         --max-steps 300 --width 64 --vocab 1024 || true
     mkdir -p .device/runs
-    for method in lomar lomar-late mae beit beit-lomar; do
+    for method in lomar lomar-late mae beit beit-lomar dino mocov3; do
         given=""
         case $method in beit*) given="--tokenizer $out/tokenizer.safetensors" ;; esac
         timeout 60 python3 -m lomar pretrain --data .device/imagenette/train --method "$method" --model base $given \

@@ -9,7 +9,7 @@ ring once a step and overlap with nothing. Prints tables.
 import argparse
 
 from lomar.methods.composition import Composition
-from lomar.methods.cost import STEP, forward_flops, trained_parameters
+from lomar.methods.cost import step_flops, trained_parameters
 from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES, compose, mask_layer_for
 from lomar.model.encoder import SIZES
 
@@ -43,7 +43,7 @@ def main() -> None:
     for method in ("lomar", "lomar-late"):
         for model in ("base", "large", "huge"):
             c = composition(method, model)
-            flops, weights = STEP * forward_flops(c).total, trained_parameters(c)
+            flops, weights = step_flops(c), trained_parameters(c)
             for machines in args.machines:
                 count = machines * GPUS
                 computed_s = args.batch_size / count * flops / (args.tflops * 1e12 * args.share)

@@ -64,7 +64,7 @@ def test_help_says_what_is_chosen_when_an_option_is_not_given(capsys: pytest.Cap
         "tiny, small, base, large, huge, or WIDTHxDEPTHxHEADS [chosen from the data and the hardware]",
         "independent, released [lomar: independent]",
         "[lomar: 0.2 1]",
-        "AdamW's weight decay [0.05]",
+        "AdamW's weight decay [lomar, mae, beit: 0.05; dino: 0.04; mocov3: 0.1]",
     ):
         assert text in out
 

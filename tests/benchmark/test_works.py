@@ -13,13 +13,21 @@ from lomar.benchmark.cells import Cell
 from lomar.benchmark.child import timed
 from lomar.benchmark.place import Place
 from lomar.benchmark.yardstick import TimmMAE
-from lomar.methods.composition import Composition
+from lomar.methods.composition import Composition, TwoViewComposition
 from lomar.methods.cost import trained_parameters
 from lomar.methods.recipes import RECIPES
+from lomar.methods.two_view import TwoView
 from lomar.model.attention import BACKENDS
 
 SMALL = {"image_size": 56, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "vocab": 0}
 SMALL |= {"decoder_width": 20, "decoder_depth": 2, "decoder_heads": 5}
+SMALL_VIEWS = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+SMALL_VIEWS |= {"head_width": 20, "head_outputs": 28}
+
+
+def small_views(name: str) -> TwoViewComposition:
+    own = {"local_size": 16, "local_crops": 3} if name == "dino" else {}
+    return replace(RECIPES[name].composition(name), **SMALL_VIEWS | own)
 
 
 def small(name: str, **changes: Any) -> Composition:
@@ -80,6 +88,36 @@ def test_a_step_changes_every_weight(name: str, place: Place, trained: list[nn.M
     weights = {each for each, p in trained[0].named_parameters() if p.requires_grad}
     # A key's bias adds the same to all logits of a query: it has no gradient but rounding.
     assert changed_by(step, trained[0]) >= {each for each in weights if not each.endswith("qkv.bias")}
+
+
+@pytest.mark.parametrize("data", [None, "photos"])
+@pytest.mark.parametrize("name", ["dino", "mocov3"])
+def test_a_step_of_two_views_changes_every_weight_and_the_teacher_follows(
+    name: str, data: str | None, place: Place, trained: list[nn.Module], photos: Path
+) -> None:
+    """Prototypes among them, which are frozen at first; the loader's batches are those of noise."""
+    c = small_views(name)
+    given: dict[str, Any] = {"composition": c.to_dict(), "clip_grad": 3.0, "clip_each": name == "dino"}
+    step = pretraining.training_step(place, 3, **given, data=data and str(photos))
+    (method,) = trained
+    assert isinstance(method, TwoView)
+    weights = {each for each, p in method.named_parameters() if p.requires_grad}
+    followers = [p.detach().clone() for p in method.teacher.parameters()]
+    assert changed_by(step, method) >= {each for each in weights if not each.endswith("qkv.bias")}
+    after = list(method.teacher.parameters())
+    assert any(not torch.equal(old, new) for old, new in zip(followers, after, strict=True))
+    assert method.momentum < method.momentum_at(method.step) < 1
+
+
+def test_noise_is_like_the_batches_of_the_loader(place: Place, photos: Path) -> None:
+    for name in ("dino", "mocov3"):
+        c = small_views(name)
+        method = c.build()
+        made = pretraining.noise(c, method, images=3)
+        read = next(pretraining._real(place, 3, c, method, str(photos), (0.2, 1.0), 0.0, 0))
+        assert {key: (each.shape, each.dtype) for key, each in made.items()} == {
+            key: (each.shape, each.dtype) for key, each in read.items()
+        }
 
 
 def test_a_step_of_beit_asks_its_tokenizer_of_openais_size(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lomar.commands.automatic import Hardware, choose, find_hardware, micro_batch
 from lomar.commands.settling import check_fit
+from lomar.commands.two_view_settling import fitted_views
 from lomar.data.decode import PixelFormat
 from lomar.errors import UserError
 from lomar.methods.recipes import RECIPES
@@ -43,7 +44,7 @@ given_options = st.fixed_dictionaries(
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    recipe=st.sampled_from(["lomar", "mae", "beit", "beit-lomar", "fig5-decoder-7"]),
+    recipe=st.sampled_from(["lomar", "mae", "beit", "beit-lomar", "fig5-decoder-7", "dino", "mocov3"]),
     asked=given_options,
     count=st.integers(1, 10**8),
     side=st.integers(2, 20_000),
@@ -57,7 +58,7 @@ def test_the_choices_fit_together_and_leave_alone_what_was_given(
 
     A crop that cannot be cut into patches well is refused with one that can.
     """
-    asked = dict(RECIPES[recipe].options) | asked
+    asked = dict(RECIPES[recipe].options) | {"method": recipe} | asked
     try:
         choices = choose(asked, count, side, fmt, hw)
     except UserError as error:  # a crop of, say, 191 pixels; one near it that would do is named
@@ -65,6 +66,9 @@ def test_the_choices_fit_together_and_leave_alone_what_was_given(
         assert told
         choices = choose(asked | {"image_size": int(told[1])}, count, side, fmt, hw)
         asked["image_size"] = int(told[1])
+    if objective := RECIPES[recipe].objective:
+        values = {name: choice.value for name, choice in choices.items()} | asked
+        choices |= fitted_views(objective, values, asked, count)
     assert not set(choices) & set(asked)
     values = {name: choice.value for name, choice in choices.items()} | asked
     if fmt.channels == values["patch_size"] == 1:  # a given crop such as 17 divides into nothing else

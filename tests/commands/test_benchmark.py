@@ -17,8 +17,8 @@ from lomar.benchmark.child import measure
 from lomar.benchmark.products import product_flops
 from lomar.commands import benchmark
 from lomar.commands.benchmark_settling import MACHINE, Plan, paper_views, plan
-from lomar.methods.composition import Composition
-from lomar.methods.cost import forward_flops, tokenizer_flops
+from lomar.methods.composition import Composition, composition_from
+from lomar.methods.cost import forward_flops, step_flops, tokenizer_flops, trained_parameters
 from lomar.methods.recipes import RECIPES
 from lomar.options import BenchmarkOptions, command_line
 
@@ -102,6 +102,40 @@ def test_a_method_may_be_changed_and_timms_be_the_yardstick() -> None:
     assert (changed.position, changed.mask_layer, changed.views) == ("none", 3, 5)
     assert rows[4].cell.values["of_timm"] and composition(rows[4].cell).method == "mae"
     assert [row.is_base for row in rows] == [True, True, False, False, False, False]  # no mae: the first
+
+
+def test_methods_that_compare_views_are_those_that_pretraining_makes() -> None:
+    """With its recipe's eight small crops, not the released run's ten."""
+    found = planned("--methods dino mocov3 --image-sizes 224 448 --device cpu")
+    rows = [row for row in found.rows if row.group != MACHINE]
+    dino, _, large, _ = (composition_from(row.cell.values["composition"]) for row in rows)
+    released = RECIPES["dino"].composition("dino")
+    assert dino == replace(
+        released,
+        batch_size=2,
+        local_crops=8,
+        crop_scale=(0.4, 1.0),
+        local_scale=(0.05, 0.4),
+        teacher_temperature=(0.04, 0.04),
+    )
+    assert (large.local_size, large.head_outputs) == (192, 65536)
+    for row in rows:
+        c = composition_from(row.cell.values["composition"])
+        assert row.about["step_flops"] == step_flops(c) and row.about["parameters"] == trained_parameters(c)
+        assert row.about["window"] == 0
+    assert [(row.about["views"], row.about["tokens"]) for row in rows[:2]] == [(10, 690), (2, 394)]
+    assert [(row.cell.values["clip_grad"], row.cell.values["clip_each"]) for row in rows[:2]] == [
+        (3.0, True),
+        (0.0, False),
+    ]
+    assert any(note.startswith("Views and tokens of dino are those of all its crops") for note in found.notes)
+
+
+def test_heads_and_small_crops_are_of_the_size_that_is_measured() -> None:
+    words = "--methods dino dino:local_crops=3,head_width=70 --model 24x2x2 --image-sizes 56 --patch-size 8"
+    plain, changed = (composition_from(row.cell.values["composition"]) for row in planned(words).rows[:2])
+    assert (plain.local_size, plain.head_width, plain.head_outputs) == (24, 64, 256)
+    assert (changed.local_size, changed.head_width, changed.local_crops) == (24, 70, 3)
 
 
 def test_a_baseline_is_measured_too() -> None:
@@ -290,14 +324,15 @@ def test_an_interrupted_measurement_leaves_what_it_has(
 
 
 def test_tiny_methods_are_really_measured(lomar: Any, in_this_process: None, tmp_path: Path) -> None:
-    words = f"benchmark --methods lomar lomar:mask_layer=1 mae timm-mae beit-lomar {TINY} --image-sizes 56 112"
+    methods = "lomar lomar:mask_layer=1 mae timm-mae beit-lomar dino mocov3"
+    words = f"benchmark --methods {methods} {TINY} --image-sizes 56 112"
     done = lomar(words, "--without-tokenizer --steps 2 --rounds 1 --out", tmp_path)
     assert done.status == 0, done.err
     rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
-    assert len(rows) == 11
+    assert len(rows) == 15
     assert all(row["step_s"] > 0 for row in rows) and all(not row["failed"] for row in rows)
     assert (tmp_path / "figure-4.png").exists()
-    assert len(done.err.splitlines()) == 13  # a heading, a line for each row, the picture
+    assert len(done.err.splitlines()) == 17  # a heading, a line for each row, the picture
 
 
 def test_files_and_loader_are_really_measured(lomar: Any, in_this_process: None, photos: Path) -> None:
@@ -325,6 +360,10 @@ def test_files_and_loader_are_really_measured(lomar: Any, in_this_process: None,
             "lomar:mask_layer=12 at 224 px: --mask-layer is 12; --model base has blocks 0 to 11",
         ),
         ("windows --methods mae", "--methods mae has no windows, whose size could be measured"),
+        ("windows --methods dino", "--methods dino has no windows, whose size could be measured"),
+        ("--methods dino:mask_ratio=0.5", "--methods dino:mask_ratio=0.5: 'mask_ratio=0.5' is no change of a method"),
+        ("--methods mocov3:local_crops=2", "--methods mocov3:local_crops=2: 'local_crops=2' is no change of a method"),
+        ("--methods mocov3 --batch-sizes 1 --image-sizes 224", "mocov3 at 224 px: --batch-size is 1; mocov3 compares"),
         ("loader", "--data is missing: the images to load"),
         ("loader --data sample --image-sizes 96", "--image-sizes 96 is less than a window; it must be at least 112"),
         ("--data nowhere", "--data nowhere: no such folder or file"),

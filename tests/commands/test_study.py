@@ -94,6 +94,26 @@ def test_methods_are_trained_judged_and_told_of_and_what_is_done_is_not_done_aga
     assert lomar(words).status == 0 and in_this_process == []
 
 
+@pytest.mark.parametrize("method", ["dino", "mocov3"])
+def test_a_method_that_compares_views_is_trained_and_judged_like_the_others(
+    method: str, lomar: Any, labelled: Path, tmp_path: Path, in_this_process: list[list[str]]
+) -> None:
+    done = lomar(f"study table1 --rows {method} --data {labelled} --out {tmp_path / 'out'} --labels 4 {TINY}")
+    assert done.status == 0, done.err
+    assert [asked[0] for asked in in_this_process] == ["pretrain", "probe", "knn", "finetune"]
+    report = json.loads((tmp_path / "out" / "table1.json").read_text())
+    cell = report["cells"][f"{method},epochs=1,lr=0.01,seed=0"]
+    assert cell["pretraining"]["images"] == 24 and cell["pretraining"]["flops_of_image"] > 0
+    assert set(report["rows"][0]["accuracy"]) == {"knn", "probe", "finetuned"}
+
+
+def test_a_rehearsal_shows_methods_that_compare_views(lomar: Any, labelled: Path, tmp_path: Path) -> None:
+    shown = lomar(f"study table1 --dry-run --data {labelled} --out {tmp_path / 'out'} {TINY}")
+    for method in ("dino", "mocov3"):
+        assert f"  {method}: {method}, 1 epochs\n" in shown.out
+        assert f"  {method}, mae's time: {method}, as long as mae\n" in shown.out
+
+
 def test_a_rehearsal_runs_nothing_and_shows_the_commands(lomar: Any, labelled: Path, tmp_path: Path) -> None:
     shown = lomar(f"study fig6 --dry-run --data {labelled} --out {tmp_path / 'out'} {TINY}")
     assert shown.status == 0 and not (tmp_path / "out").exists()
@@ -129,6 +149,10 @@ def test_a_rehearsal_runs_nothing_and_shows_the_commands(lomar: Any, labelled: P
         (
             "table1 --patch-size 1 --data DATA --out OUT",
             r"row 'lomar-small-patches' cannot be trained: --patch-size 1 can",
+        ),
+        (
+            "table1 --rows mocov3 --batch-size 1 --data DATA --out OUT",
+            r"row 'mocov3' cannot be trained: --batch-size is 1; mocov3 compares images with each other: 2 ",
         ),
         (
             "table1 --patch-size 7 --data DATA --out OUT",

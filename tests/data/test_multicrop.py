@@ -1,6 +1,8 @@
 """Claims about several crops of an image."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lomar.data.augment import random_resized_crop
+from lomar.data.augment import Box, random_resized_crop
 from lomar.data.decode import PixelFormat, read_image
 from lomar.data.loader import MicroBatch, SampleKey
 from lomar.data.multicrop import MultiCropPlan, multicrop_batches
@@ -91,3 +93,37 @@ def test_a_damaged_file_is_replaced_and_told(photos: Path, tmp_path: Path) -> No
     (batch,) = list(batches)
     assert len(batch.bad) == 1 and batch.bad[0][0].endswith("0.png")
     assert len(batch.names) == 4 and not any(name.endswith("0.png") for name in batch.names)
+
+
+@pytest.mark.parametrize("side", [40, 900])
+def test_an_image_is_decoded_once_for_all_its_crops_which_are_as_fine_as_of_all_its_pixels(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A photograph whose decoder shrinks it when it is large, against boxes of all its pixels."""
+    smooth = np.linspace(0, 6, side)
+    pixels = 127 + 60 * (np.sin(smooth)[:, None, None] + np.cos(1.7 * smooth)[None, :, None]) * np.ones(3)
+    file = BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "jpeg", quality=95)
+    image = read_image(file.getvalue(), "photo.jpg")
+    decoded: list[tuple[int, ...]] = []
+
+    def decode(box: Box, size: tuple[int, int], channels: int) -> np.ndarray:
+        decoded.append(box)
+        return image.decode(box, size, channels)
+
+    fmt = PixelFormat(3, "uint8")
+    large, small = PLAN(replace(image, decode=decode), fmt, torch.Generator().manual_seed(1))
+    assert decoded == [(0, 0, side, side)]
+    chance = torch.Generator().manual_seed(1)
+    for crops, px, scale in ((large, 20, (0.4, 1.0)), (small, 7, (0.05, 0.4))):
+        for found in crops:
+            crop = image.crop(random_resized_crop(side, side, scale, generator=chance), (px, px), fmt, finer=8)
+            crop = crop[:, :, ::-1] if torch.rand(1, generator=chance).item() < 0.5 else crop
+            assert np.abs(found.astype(int) - crop).mean() < 4
+
+
+def test_crops_of_images_as_small_as_they_get_are_whole() -> None:
+    file = BytesIO()
+    Image.fromarray(np.full((2, 3, 3), 7, np.uint8)).save(file, "png")
+    large, small = PLAN(read_image(file.getvalue(), "dot.png"), PixelFormat(3, "uint8"), torch.Generator())
+    assert (large == 7).all() and (small == 7).all()

@@ -74,7 +74,13 @@ def test_onnx_takes_any_number_of_images_of_any_size(written: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"position": "sincos"}, {"position": "shared-bias"}, {"position": "block-bias", **BEIT}, {"img_size": (4, 20)}],
+    [
+        {"position": "sincos"},
+        {"position": "learned"},
+        {"position": "shared-bias"},
+        {"position": "block-bias", **BEIT},
+        {"img_size": (4, 20)},
+    ],
     ids=str,
 )
 def test_graphs_of_one_size_take_any_number_of_images(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_what_timm_can_hold_needs_no_lomar(changes: dict[str, Any], tmp_path: Pa
         assert torch.allclose(theirs.forward_features(images), ours.forward_features(images), atol=1e-5)
 
 
-@pytest.mark.parametrize("position", ["contextual", "sincos", "shared-bias", "block-bias"])
+@pytest.mark.parametrize("position", ["contextual", "sincos", "learned", "shared-bias", "block-bias"])
 def test_timm_makes_it_for_another_size_as_lomar_does(position: str, tmp_path: Path) -> None:
     ours = encoder(position=position, key_bias=position == "block-bias")
     assert write_hub_folder(tmp_path / "hub", ours, Background()).needs_lomar

@@ -10,22 +10,23 @@ import torch
 
 from lomar.commands.recipes import HEADER, configuration, table
 from lomar.commands.settling import asked_for_pretraining, settle
-from lomar.methods.composition import Composition
+from lomar.methods.composition import Composition, TwoViewComposition
 from lomar.methods.cost import forward_flops
 from lomar.methods.masks import BlockwiseMask, KeptMask, UniformMask
-from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, OPENAI_VOCAB, RECIPES, compose
+from lomar.methods.recipes import IMAGENET_MEAN, IMAGENET_STD, OPENAI_VOCAB, RECIPES
 from lomar.methods.reconstruction import MaskedReconstruction
+from lomar.methods.two_view import TwoView
 from lomar.methods.views import LocalWindows, WholeImage
 from lomar.options import PretrainOptions, fields_of, read_config
 
 
-def built(name: str, **changes: Any) -> MaskedReconstruction:
+def built(name: str, **changes: Any) -> Any:
     """A recipe at full size, without its memory."""
     with torch.device("meta"):
         return replace(RECIPES[name].composition(name), **changes).build()
 
 
-def trainable(method: MaskedReconstruction) -> int:
+def trainable(method: MaskedReconstruction | TwoView) -> int:
     return sum(p.numel() for p in method.parameters() if p.requires_grad)
 
 
@@ -106,7 +107,7 @@ def test_fig_5_shows_about_equally_many_patches_at_every_window(
     assert method.views == LocalWindows((14, 14), side, views)
     assert method.mask.count == hidden
     assert (method.mask.patches - hidden) * views == visible
-    composition = RECIPES[f"fig5-{kind}-{side}"].composition("")
+    composition = RECIPES[f"fig5-{kind}-{side}"].composition(f"fig5-{kind}-{side}")
     position, architecture = {
         "rpe": ("contextual", "masked-encoder"),
         "ape": ("sincos", "masked-encoder"),
@@ -143,6 +144,8 @@ REPORTED = {
     "lomar-800e": (800, 132, "83.8"),
     "lomar": (1600, 264, "84.1"),
     "lomar-b8": (400, 66, "84.3"),
+    "dino": (300, "-", "82.8"),
+    "mocov3": (300, "-", "83.2"),  # 600 in the paper, which counts both crops: D.2
 }
 
 
@@ -168,6 +171,7 @@ def test_the_table_names_every_recipe_with_its_costs(printed: dict[str, list[str
         assert cells[6] == f"{forward_flops(RECIPES[name].composition(name)).total / 1e9:.1f}"
         assert cells[7] == RECIPES[name].about
     assert {name: printed[name][5] for name in TOKENS} == {k: "/".join(map(str, v)) for k, v in TOKENS.items()}
+    assert (printed["dino"][5], printed["mocov3"][5]) == ("764", "394")  # 2 x 197 and 10 x 37
 
 
 def test_recipes_without_a_name_prints_the_table(lomar, printed: dict[str, list[str]]) -> None:
@@ -185,8 +189,10 @@ def test_an_unknown_recipe_is_one_line(name: str, hint: str, lomar) -> None:
     assert done.err == f"lomar: error: there is no recipe '{name}'{hint}; `lomar recipes` lists them\n"
 
 
-def left_out(composition: Composition) -> set[str]:
+def left_out(composition: Composition | TwoViewComposition) -> set[str]:
     """What means nothing to a composition, so that its configuration does not tell it."""
+    if isinstance(composition, TwoViewComposition):
+        return set()
     decoder = {"decoder_width", "decoder_depth", "decoder_heads"}
     return (decoder if composition.architecture == "masked-encoder" else set()) | (
         {"mask_min_block"} if composition.mask != "blockwise" else set()
@@ -206,15 +212,24 @@ def test_the_printed_configuration_is_accepted_and_composes_the_same_method(name
     unsaid = {option: getattr(expected, option) for option in left_out(expected)}
     assert not values.keys() & unsaid.keys()
     values |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} | unsaid
-    assert compose(values, OPENAI_VOCAB, scale=255.0) == expected
+    assert recipe.compose(values, OPENAI_VOCAB, scale=255.0) == expected
     course = dict(recipe.options) | dict(recipe.full)
     assert course.keys() <= values.keys() and {k: values[k] for k in course} == course
     # Every option that changes results is told, but for what the data and the user bring.
     results = {option for option, field in fields_of(PretrainOptions).items() if field.metadata["results"]}
-    assert results - values.keys() == {"init", "tokenizer", "max_steps", "precision", "shuffle_gb"}
+    brought = {"init", "max_steps", "precision", "shuffle_gb"} | ({"tokenizer"} - recipe.lacks)
+    unchanging = {"weight_decay_end"} - course.keys()
+    assert results - values.keys() == brought | unchanging | recipe.lacks
 
 
-@pytest.mark.parametrize("name", ["lomar", "lomar-b8", "lomar-448", "mae", "mae-384", "fig5-ape-14", "fig5-decoder-5"])
+def test_what_is_told_of_runs_from_elsewhere_is_said_to_be_so() -> None:
+    assert "\n# Arguments of DINO's released ViT-B/16, told from memory;" in configuration("dino")
+    assert "\n# The paper's 600 epochs count both crops: they are MoCo v3's 300.\n" in configuration("mocov3")
+
+
+@pytest.mark.parametrize(
+    "name", ["lomar", "lomar-b8", "lomar-448", "mae", "mae-384", "fig5-ape-14", "fig5-decoder-5", "dino", "mocov3"]
+)
 def test_the_printed_configuration_settles_into_the_papers_run(name: str, tmp_path: Path) -> None:
     """By the way of `lomar pretrain --config`, but for the images, and the micro batch, which would be measured."""
     (tmp_path / "paper.yaml").write_text(configuration(name))

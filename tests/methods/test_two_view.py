@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lomar.data.loader import SampleKey
 from lomar.methods.composition import TwoViewComposition
 from lomar.methods.heads import PrototypeHead, batch_normed_mlp
-from lomar.methods.recipes import RECIPES, compose
+from lomar.methods.recipes import RECIPES
 from lomar.methods.two_view import DINO, MoCoV3, TwoView
 from lomar.training.optim import adamw
 
@@ -24,7 +24,7 @@ def made(method: str, **changes: Any) -> TwoView:
     recipe = RECIPES[method]
     values = {"method": method, "mean": (0.5,) * 3, "std": (0.25,) * 3} | dict(recipe.full) | dict(recipe.options)
     values |= SMALL | (LOCAL if method == "dino" else {}) | changes
-    composition = compose(values, 0, scale=255.0)
+    composition = recipe.compose(values, 0, scale=255.0)
     assert isinstance(composition, TwoViewComposition)
     torch.manual_seed(0)
     return composition.build()
@@ -253,6 +253,18 @@ def test_any_position_will_do(name: str, position: str) -> None:
     torch.testing.assert_close(method.encoder(images), method.encoder.forward_features(images)[:, 0])
 
 
+@pytest.mark.parametrize("name", ["dino", "mocov3"])
+def test_in_bfloat16_losses_are_near_those_of_float32(name: str) -> None:
+    found = []
+    for enabled in (False, True):
+        method = made(name, drop_path=0.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses, count = method(**batch(method, images=8))
+        losses.backward()
+        found.append(float(losses) / count)
+    assert found[1] == pytest.approx(found[0], rel=0.03)
+
+
 def test_drop_path_is_the_samples_own() -> None:
     method = made("mocov3", drop_path=0.5)
     drawn = method.draw(seed=3)(SampleKey(1, 2, 3, 4))
@@ -292,3 +304,26 @@ def test_plain_values_rebuild_a_composition() -> None:
     assert TwoViewComposition.from_dict(composition.to_dict()) == composition
     assert replace(composition, image_size=112).grid == (7, 7)
     assert composition.local_grid == (6, 6)
+
+
+def test_head_and_loss_of_dino_are_lightlys() -> None:
+    """Where lightly is installed; it is no dependency."""
+    loss = pytest.importorskip("lightly.loss")
+    heads = pytest.importorskip("lightly.models.modules.heads")
+    ours = PrototypeHead(6, 10, 4, 12)
+    theirs = heads.DINOProjectionHead(6, 10, 4, 12)
+    linear = [layer for layer in theirs.layers if isinstance(layer, nn.Linear)]
+    for own, other in zip([layer for layer in ours.mlp if isinstance(layer, nn.Linear)], linear, strict=True):
+        own.load_state_dict(other.state_dict())
+    ours.prototypes.data = theirs.last_layer.weight_v.data
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+    method = made("dino", teacher_temperature=(0.06, 0.06), head_outputs=12)
+    assert isinstance(method, DINO)
+    method.centre = torch.randn(1, 12)
+    judge = loss.DINOLoss(12, teacher_temp=0.06, student_temp=0.1)
+    judge.center = method.centre[None].clone()
+    teacher, student = torch.randn(3, 2, 12), torch.randn(3, 5, 12)
+    expected = judge(list(teacher.unbind(1)), list(student.unbind(1)), teacher_temp=0.06)
+    torch.testing.assert_close(method.loss(teacher, student)[0].mean(), expected)

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from lomar import cli
-from lomar.interop.weights import load_reconstructor, save_reconstructor
-from lomar.methods.composition import Composition
-from lomar.methods.cost import forward_flops
+from lomar.methods.cost import step_flops
 from lomar.methods.recipes import RECIPES, compose
 from lomar.methods.tokenizer import DVAEEncoder
+from lomar.options import PretrainOptions, read_config
 from lomar.study import cells
-from lomar.study.cells import RESULT, Setup, divergence, needs_tokenizer, result_of, steps
+from lomar.study.cells import CONFIG, RESULT, Setup, divergence, needs_tokenizer, result_of, steps
 from lomar.study.plan import Cell, Job
 from lomar.training.loop import AGAIN_NOT_FINITE, HALVED
 
@@ -74,12 +74,19 @@ def test_rows_of_tokens_are_given_the_tokenizer_and_no_other(setup: Setup) -> No
     beit = Cell("beit", (), 1, 0.004, 0)
     _, given = options(steps(Job(beit, False), setup)[0].words)
     assert given["tokenizer"] == str(setup.tokenizer)
-    assert [needs_tokenizer(name) for name in ("beit", "beit-lomar", "mae", "")] == [True, True, False, False]
+    assert [needs_tokenizer(name) for name in ("beit", "beit-lomar", "mae", "dino", "")] == [True, True] + [False] * 3
 
 
 def test_a_run_need_not_measure_itself(setup: Setup) -> None:
     _, given = options(steps(Job(LATE, False), replace(setup, evaluations=0))[0].words)
     assert "eval_data" not in given and given["eval_every"] == 2.5
+
+
+def write_config(run: Path, values: dict[str, Any]) -> None:
+    """As `lomar pretrain` keeps its options."""
+    run.mkdir(parents=True, exist_ok=True)
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    (run / CONFIG).write_text(yaml.safe_dump(plain))
 
 
 @pytest.fixture
@@ -89,8 +96,8 @@ def run(setup: Setup) -> Path:
     values = dict(RECIPES["lomar-late"].options) | {"method": "lomar-late", "model": "16x3x2", "mask_layer": 2}
     values |= {"image_size": 56, "patch_size": 8, "batch_size": 4, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     values |= {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 1}
-    composition: Composition = compose(values, 0, 255.0)
-    save_reconstructor(folder / "reconstructor.safetensors", composition.build(), composition)
+    values |= {"channels": 3, "pixel_type": "uint8"}
+    write_config(folder, values)
     rows = [{"step": 0, "knn": 0.1}]
     rows += [
         {"step": n + 1, "images_per_s": 4 / s, "loss": 1.0 - n / 10, "data_wait": 0.1 * n, "elapsed_s": s}
@@ -113,13 +120,24 @@ def test_time_is_that_of_all_steps_and_not_of_pauses(setup: Setup, run: Path) ->
 def test_flops_are_of_forward_and_backward_pass_and_a_tokenizers_forward_pass(
     setup: Setup, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    c = load_reconstructor(run)[1]
-    assert steps(Job(LATE, False), setup)[0].read()["flops_of_image"] == 3 * forward_flops(c).total
-    tokens = replace(c, target="tokens", vocab=16)
-    monkeypatch.setattr(cells, "load_reconstructor", lambda path: (None, tokens))
-    monkeypatch.setattr(cells, "load_tokenizer", lambda path: SimpleNamespace(encoder=DVAEEncoder(3, 8, 16, 1)))
-    more = steps(Job(LATE, False), setup)[0].read()["flops_of_image"]
-    assert more == 3 * forward_flops(tokens).total + cells.tokenizer_flops((7, 7), 3, 8, 16, 1)
+    values = read_config(str(run / CONFIG), PretrainOptions)
+    read = steps(Job(LATE, False), setup)[0].read
+    assert read()["flops_of_image"] == step_flops(compose(values, 0, 255.0))
+    values["target"] = "tokens"
+    write_config(run, values)
+    tokenizer = SimpleNamespace(encoder=DVAEEncoder(3, 8, 16, 1), vocab=16)
+    monkeypatch.setattr(cells, "load_tokenizer", lambda path: tokenizer)
+    tokens = step_flops(compose(values, 16, 255.0))
+    assert read()["flops_of_image"] == tokens + cells.tokenizer_flops((7, 7), 3, 8, 16, 1)
+
+
+def test_flops_of_a_run_with_a_teacher_are_its_methods(setup: Setup, run: Path) -> None:
+    values = dict(RECIPES["dino"].full) | dict(RECIPES["dino"].options)
+    values |= {"method": "dino", "model": "16x3x2", "image_size": 56, "patch_size": 8, "batch_size": 4}
+    values |= {"local_size": 24, "mean": (0.5,) * 3, "std": (0.5,) * 3, "channels": 3, "pixel_type": "uint8"}
+    write_config(run, values)
+    found = steps(Job(LATE, False), setup)[0].read()
+    assert found["flops_of_image"] == step_flops(RECIPES["dino"].compose(values, 0, 255.0)) and found["images"] == 16
 
 
 def test_a_rate_that_had_to_be_halved_counts_as_diverged(setup: Setup, run: Path) -> None:

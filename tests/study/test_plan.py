@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lomar.methods.recipes import RATIOS, RECIPES
-from lomar.options import PretrainOptions, fields_of
-from lomar.options.studying import STUDY_NAMES
+from lomar.options import PretrainOptions, fields_of, studying
 from lomar.study.grids import STUDIES, Entry, Sizes
 from lomar.study.plan import Cell, Job, Plan, canonical, chosen_entries
 
@@ -35,7 +34,7 @@ def run_all(study: Plan, held_out: Any = lambda cell: 0.5, speed: Any = lambda c
 
 
 def test_the_names_offered_are_the_studies() -> None:
-    assert tuple(STUDIES) == STUDY_NAMES
+    assert list(STUDIES) == list(studying.STUDIES)
 
 
 @pytest.mark.parametrize("sizes", [PAPER, SMALL, Sizes(112, 8, 12)], ids=str)
@@ -54,10 +53,10 @@ def test_rows_have_names_of_their_own_and_refer_to_earlier_rows(name: str, sizes
 def test_the_paper_s_table_has_each_method_at_equal_epochs_and_at_mae_s_time() -> None:
     entries = STUDIES["table1"].entries(PAPER)
     assert [entry.method for entry in entries if not entry.as_long_as] == [
-        *("", "mae", "beit", "lomar", "lomar", "lomar-late")
+        *("", "mae", "beit", "lomar", "lomar", "lomar-late", "dino", "mocov3")
     ]
     assert {entry.rate_of for entry in entries if entry.as_long_as == "mae"} == {
-        *("beit", "lomar", "lomar-small-patches", "lomar-late")
+        *("beit", "lomar", "lomar-small-patches", "lomar-late", "dino", "mocov3")
     }
     assert next(e for e in entries if e.name == "lomar-small-patches").changes == {"patch_size": 8}
 
@@ -142,6 +141,9 @@ def test_the_same_method_has_the_same_cell_in_every_study() -> None:
     assert canonical("lomar", {"mask_layer": 4, "predict_share": 1.0}, SMALL) == ("lomar", {"mask_layer": 4})
     assert canonical("lomar", {"image_size": 56, "views": 4}, SMALL) == ("lomar", {})
     assert canonical("fig6-80", {}, SMALL) == ("lomar", {})
+    assert canonical("dino", {"local_crops": 8}, SMALL) == ("dino", {})
+    assert canonical("dino", {"local_crops": 4}, SMALL) == ("dino", {"local_crops": 4})
+    assert canonical("mocov3", {}, SMALL) == ("mocov3", {})
 
 
 def test_names_tell_all_that_a_cell_depends_on() -> None:

@@ -16,17 +16,24 @@ from lomar.benchmark.pretraining import OPENAI_BLOCKS, OPENAI_WIDTH
 from lomar.benchmark.rounds import Row
 from lomar.commands.automatic import Hardware, compiling, decoder_for, find_hardware, loading_workers
 from lomar.commands.settling import check_fit
+from lomar.commands.two_view_settling import fitted_sizes
 from lomar.data.opening import open_source
 from lomar.errors import UserError
-from lomar.methods.composition import Composition
-from lomar.methods.cost import STEP, forward_flops, kept_bytes, passages, tokenizer_flops, trained_parameters
+from lomar.methods.composition import Composition, TwoViewComposition
+from lomar.methods.cost import (
+    forward_flops,
+    image_tokens,
+    kept_bytes,
+    step_flops,
+    tokenizer_flops,
+    trained_parameters,
+)
 from lomar.methods.recipes import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     OPENAI_VOCAB,
     RECIPES,
     VIEWS_OF_WINDOW,
-    compose,
     mask_layer_for,
 )
 from lomar.model.attention import BACKENDS, backend_for
@@ -185,7 +192,7 @@ class _Planner:
         options = self.options
         variants = self._variants(("lomar", "lomar-late"))
         for variant in variants:
-            if variant.of_timm or not RECIPES[variant.recipe].options["window_size"]:
+            if variant.of_timm or not RECIPES[variant.recipe].options.get("window_size"):
                 raise UserError(f"--methods {variant.name} has no windows, whose size could be measured")
         sides = options.window_sizes or tuple(VIEWS_OF_WINDOW)
         for px in options.image_sizes or (224,):
@@ -309,48 +316,55 @@ class _Planner:
         cell = self._cell("matrix product", {"side": side}, 1, precision=precision, warmup=1, steps=5)
         return Row(cell, f"matrix product, {side} x {side}, {precision}", about, MACHINE)
 
-    def _step_row(self, variant: Variant, c: Composition, batch: int, *, compiled: bool, **more: Any) -> Row:
+    def _step_row(
+        self, variant: Variant, c: Composition | TwoViewComposition, batch: int, *, compiled: bool, **more: Any
+    ) -> Row:
         options, recipe = self.options, RECIPES[variant.recipe]
         values: dict[str, Any] = {
             "composition": c.to_dict(),
-            "clip_grad": CLIP_GRAD,
+            "clip_grad": recipe.options.get("clip_grad", CLIP_GRAD),
+            "clip_each": recipe.options.get("clip_by") == "tensor",
             "of_timm": variant.of_timm,
             "with_tokenizer": not options.without_tokenizer,
         }
         if options.data:
             values |= {"data": options.data, "workers": self._workers(more.get("processes", 1))}
             values |= {name: recipe.options[name] for name in ("crop_scale", "color_jitter")}
-        tokenised = c.target == "tokens" and not options.without_tokenizer
-        if tokenised:
-            self.notes.append(
-                f"In a step of {variant.recipe} is its tokenizer's forward pass: OpenAI's size, random weights, fp32."
-            )
-        elif c.target == "tokens":
-            self.notes.append(f"A step of {variant.recipe} is without its tokenizer's forward pass.")
-        extra = tokenizer_flops(c.grid, len(c.mean), OPENAI_WIDTH, c.vocab, OPENAI_BLOCKS) if tokenised else 0
-        forward = forward_flops(c).total
+        extra = self._tokenizer_flops(variant, c)
         about = {
             "name": self._named(variant.name, compiled),
             "method": variant.name,
             "model": options.model,
             "image_px": c.image_size,
             "patch_px": c.patch_size,
-            "window": c.window_size,
+            "window": c.window_size if isinstance(c, Composition) else 0,
             "views": c.view_count,
-            "tokens": max(passage.tokens for passage in passages(c)) * c.view_count,
+            "tokens": max(image_tokens(c)),
             "batch": batch,
             "processes": more.get("processes", 1),
             "compiled": compiled,
             "data": options.data,
             "parameters": trained_parameters(c),
-            "forward_flops": forward,
+            "forward_flops": forward_flops(c).total,
             "tokenizer_flops": extra,
-            "step_flops": STEP * forward + extra,
+            "step_flops": step_flops(c) + extra,
             "kept_floor_bytes": kept_bytes(c, 2 if self.precision == "bf16" else 4),
         }
         cell = self._cell("pretraining", values, batch, compiled=compiled, **more)
         group = f"{c.image_size} px, {batch} images"
         return Row(cell, f"{about['name']}, {group}", about, group, bursts=bool(options.data))
+
+    def _tokenizer_flops(self, variant: Variant, c: Composition | TwoViewComposition) -> int:
+        """What the tokenizer adds to a step for one image; 0 where there is none, or it is left out."""
+        if not isinstance(c, Composition) or c.target != "tokens":
+            return 0
+        if self.options.without_tokenizer:
+            self.notes.append(f"A step of {variant.recipe} is without its tokenizer's forward pass.")
+            return 0
+        self.notes.append(
+            f"In a step of {variant.recipe} is its tokenizer's forward pass: OpenAI's size, random weights, fp32."
+        )
+        return tokenizer_flops(c.grid, len(c.mean), OPENAI_WIDTH, c.vocab, OPENAI_BLOCKS)
 
     def _named(self, name: str, compiled: bool) -> str:
         """What a row is called; how it is run stands in its name where it is run both ways."""
@@ -366,39 +380,34 @@ class _Planner:
     def _variants(self, default: Sequence[str]) -> list[Variant]:
         return [_variant(name, "--methods") for name in dict.fromkeys(self.options.methods or default)]
 
-    def _composition(self, variant: Variant, px: int, batch: int) -> Composition:
-        """A method at one image size.
+    def _composition(self, variant: Variant, px: int, batch: int) -> Composition | TwoViewComposition:
+        """A method at one image size, as `lomar pretrain` makes it there.
 
         Raises:
             UserError: it cannot be put together.
         """
         options, recipe = self.options, RECIPES[variant.recipe]
         values: dict[str, Any] = {"method": variant.recipe, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        values |= dict(recipe.options) | dict(recipe.full)
+        values |= dict(recipe.full) | dict(recipe.options)
         patch = options.patch_size or values["patch_size"]
         self._check_multiple(px, patch)
         own_px = values["image_size"]
         values |= {"model": options.model, "image_size": px, "patch_size": patch, "batch_size": batch}
-        if values["architecture"] == "encoder-decoder":
-            values |= {name: value for name, value, _ in decoder_for(_size(options.model)[0])}
-        if values["window_size"]:
-            scaled = max(1, round(values["views"] * paper_views(px) / paper_views(own_px)))
-            values["views"] = options.views or scaled
-        values["mask_layer"] = mask_layer_for(values["mask_layer"], _size(options.model)[1])
+        values |= self._sizes_of_views(variant, values) if recipe.objective else self._sizes_of_masks(values, own_px)
         values |= variant.changes
-        if not values["window_size"]:
+        if "window_size" in values and not values["window_size"]:
             values["views"] = 1
-        if values["mask"] == "blockwise" and "mask_min_block" not in variant.changes:
+        if values.get("mask") == "blockwise" and "mask_min_block" not in variant.changes:
             patches = (values["window_size"] or px // patch) ** 2
             values["mask_min_block"] = min(values["mask_min_block"], max(1, round(16 * patches / 196)))
         try:
             check_fit(values, None)
-            composition = compose(values, OPENAI_VOCAB, scale=255.0)
+            composition = recipe.compose(values, OPENAI_VOCAB, scale=255.0)
             with torch.device("meta"):
                 composition.build()
         except (UserError, ValueError) as error:
             raise UserError(f"{variant.name} at {px} px: {error}") from None
-        if composition.window_size and options.measure == "steps":
+        if isinstance(composition, Composition) and composition.window_size and options.measure == "steps":
             self.notes.append(
                 "Windows per image: "
                 + (
@@ -408,6 +417,31 @@ class _Planner:
                 )
             )
         return composition
+
+    def _sizes_of_views(self, variant: Variant, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a method that compares views follows from the encoder and the image."""
+        self.notes.append(
+            f"Views and tokens of {variant.recipe} are those of all its crops, distorted within the step."
+        )
+        objective = RECIPES[variant.recipe].objective
+        return {name: choice.value for name, choice in fitted_sizes(objective, values, variant.changes).items()}
+
+    def _sizes_of_masks(self, values: Mapping[str, Any], own_px: int) -> dict[str, Any]:
+        """What of masked reconstruction follows from them.
+
+        Args:
+            values: of the method at one image size.
+            own_px: the recipe's.
+        """
+        options, px = self.options, values["image_size"]
+        width, depth, _ = _size(options.model)
+        fitted: dict[str, Any] = {"mask_layer": mask_layer_for(values["mask_layer"], depth)}
+        if values["architecture"] == "encoder-decoder":
+            fitted |= {name: value for name, value, _ in decoder_for(width)}
+        if values["window_size"]:
+            scaled = max(1, round(values["views"] * paper_views(px) / paper_views(own_px)))
+            fitted["views"] = options.views or scaled
+        return fitted
 
     @staticmethod
     def _check_multiple(px: int, patch: int) -> None:
@@ -438,17 +472,18 @@ def _variant(text: str, where: str) -> Variant:
         if changed:
             raise UserError(f"{where} {text}: {OF_TIMM} cannot be changed")
         return Variant(text, "mae", {}, of_timm=True)
-    choices = [each.name for each in fields(Composition) if each.name in fields_of(PretrainOptions)]
-    choices = [
-        each for each in choices if each not in ("method", "image_size", "patch_size", "batch_size", "mean", "std")
-    ]
+    recipe = RECIPES[name]
+    kind = TwoViewComposition if recipe.objective else Composition
+    fixed = {"method", "image_size", "patch_size", "batch_size", "mean", "std"} | recipe.lacks
+    choices = [each.name for each in fields(kind) if each.name in fields_of(PretrainOptions).keys() - fixed]
+    example = "head_width=1024" if recipe.objective else "mask_layer=8"
     changes = {}
     for part in changed.split(",") if changed else ():
         option, equals, value = part.partition("=")
         option = option.strip().replace("-", "_")
         if not equals or option not in choices:
             raise UserError(
-                f"{where} {text}: {part!r} is no change of a method, such as mask_layer=8{suggestion(option, choices)}"
+                f"{where} {text}: {part!r} is no change of a method, such as {example}{suggestion(option, choices)}"
             )
         try:
             changes[option] = convert(PretrainOptions, option, value)

@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, asdict
 from pathlib import Path
@@ -148,8 +148,19 @@ def check_new(run: Path, asked: Mapping[str, Any]) -> None:
         raise UserError(f"--out {run} is a file; it must be a folder")
 
 
-def stored(run: Path, asked: Mapping[str, Any], options: type) -> dict[str, Any]:
+def stored(
+    run: Path,
+    asked: Mapping[str, Any],
+    options: type,
+    needed: Callable[[Mapping[str, Any]], Collection[str]] = lambda values: (),
+) -> dict[str, Any]:
     """The options of the run in a folder, with those that were asked for anew.
+
+    Args:
+        run: the folder.
+        asked: what was asked for.
+        options: the class of the command's options.
+        needed: values -> names of those that may have none, but not in this run.
 
     Raises:
         UserError: there is no run, its configuration is not whole, or another result is asked for.
@@ -167,7 +178,12 @@ def stored(run: Path, asked: Mapping[str, Any], options: type) -> dict[str, Any]
                 "a resumed run keeps what changes its results"
             )
     values = kept | dict(asked)
-    missing = [name for name, field in fields.items() if field.default is MISSING and name not in values]
+    required = needed(values)
+    missing = [
+        name
+        for name, field in fields.items()
+        if (field.default is MISSING and name not in values) or (name in required and values.get(name) is None)
+    ]
     if missing:
         raise UserError(f"{file} is not complete: it lacks {', '.join(missing)}")
     if (values.get("epochs") is None) == (values.get("max_steps") is None):

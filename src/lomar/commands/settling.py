@@ -34,7 +34,7 @@ from lomar.errors import UserError, is_out_of_memory
 from lomar.interop.initial import initial_options
 from lomar.interop.tokenizers import load_tokenizer
 from lomar.methods.composition import Composition, TwoViewComposition
-from lomar.methods.cost import TRAINED_BYTES
+from lomar.methods.cost import FIXED_BYTES, TRAINED_BYTES
 from lomar.methods.recipes import (
     DEPTH,
     IMAGENET_MEAN,
@@ -44,7 +44,6 @@ from lomar.methods.recipes import (
     RECIPES,
     VIEWS_OF_WINDOW,
     Recipe,
-    compose,
     mask_layer_for,
 )
 from lomar.methods.reconstruction import MaskedReconstruction
@@ -87,7 +86,7 @@ class Settled:
     def composition(self) -> Composition | TwoViewComposition:
         """What rebuilds the method."""
         vocab = self.tokenizer.vocab if self.tokenizer else 0
-        return compose(asdict(self.options), vocab, self.fmt.scale)
+        return RECIPES[self.options.method].compose(asdict(self.options), vocab, self.fmt.scale)
 
     def build(self) -> MaskedReconstruction | TwoView:
         """The method with fresh weights, and its tokenizer."""
@@ -248,15 +247,11 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     Raises:
         UserError: there is no run, its files are not whole, or another result is asked for.
     """
-    values = stored(run, asked, PretrainOptions)
+    values = stored(run, asked, PretrainOptions, _parts_of)
     options = PretrainOptions(**values)
     if options.model == "auto":
         raise UserError(f"{run / CONFIG_FILE} is not what a run writes: it must settle model")
-    recipe = _recipe(options.method)
-    kind = OF_VIEWS if recipe.objective else OF_MASKS
-    lacking = [name for name in kind - recipe.lacks - {"tokenizer"} if values.get(name) is None]
-    if lacking:
-        raise UserError(f"{run / CONFIG_FILE} is not complete: it lacks {', '.join(sorted(lacking))}")
+    _recipe(options.method)
     if options.target is not None:
         _check_target(options.target)
     tokenizer = load_tokenizer(run / TOKENIZER_FILE) if options.target == "tokens" else None
@@ -267,6 +262,12 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     settled = Settled(options, open_source(options.data), hardware, tokenizer)
     _check_parts(settled)
     return settled
+
+
+def _parts_of(values: Mapping[str, Any]) -> frozenset[str]:
+    """Options that a run's method has and others have not."""
+    recipe = RECIPES.get(values.get("method", ""))
+    return frozenset() if recipe is None else (OF_MASKS | OF_VIEWS) - recipe.lacks - {"tokenizer"}
 
 
 def _size(model: str) -> tuple[int, int, int]:
@@ -308,21 +309,21 @@ def check_fit(values: Mapping[str, Any], tokenizer: DiscreteVAE | None) -> None:
         raise UserError(f"--image-size {image} is not a multiple of --patch-size {patch}; {nearest} would be")
     if patch**2 * values["channels"] < 2:
         raise UserError("--patch-size 1 with 1 channel leaves one number a patch, which cannot be normalised; take 2")
+    objective = RECIPES[values["method"]].objective
+    if objective:
+        check_views(objective, values)
+    else:
+        _check_masks(values, image // patch, tokenizer)
     width, _, _ = _size(values["model"])
-    decodes = values.get("architecture") == "encoder-decoder"
     if values["position"] == "sincos":
-        for name, of in [("model", width)] + [("decoder_width", values.get("decoder_width"))] * decodes:
+        decoder = ["decoder_width"] * (values.get("architecture") == "encoder-decoder")
+        for name, of in [("model", width), *((name, values[name]) for name in decoder)]:
             if of % 4:
                 raise UserError(f"--position sincos needs widths that 4 divides; {flag(name)} is {values[name]}")
     low, high = values["crop_scale"]
     if low > high:
         raise UserError(f"--crop-scale is {low} {high}; the smaller share comes first")
     check_processes(values["batch_size"], values.get("strategy", "ddp"))
-    objective = RECIPES[values["method"]].objective
-    if objective:
-        check_views(objective, values)
-    else:
-        _check_masks(values, image // patch, tokenizer)
 
 
 def _check_masks(values: Mapping[str, Any], grid: int, tokenizer: DiscreteVAE | None) -> None:
@@ -404,7 +405,8 @@ def _check_parts(settled: Settled) -> None:
     except (ValueError, RuntimeError) as error:  # torch's own where sizes overflow
         raise UserError(f"these options do not make a method: {' '.join(str(error).split())[:300]}") from None
     weights = sum(tensor.numel() for tensor in (*method.parameters(), *method.buffers()))
-    needed, there = TRAINED_BYTES * weights, settled.hardware.memory_bytes
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    needed, there = TRAINED_BYTES * trained + FIXED_BYTES * (weights - trained), settled.hardware.memory_bytes
     if needed > there and settled.options.strategy != "fsdp":
         raise UserError(
             f"these options make a method of {weights:,} weights; to train it takes {needed / 1e9:.1f} GB, and "

@@ -10,10 +10,11 @@ import yaml
 
 from lomar.commands.automatic import SHORT_RUN_LR, Hardware, decoder_for, find_hardware, loading_workers
 from lomar.commands.settling import check_fit
+from lomar.commands.two_view_settling import fitted_sizes
 from lomar.errors import UserError
 from lomar.files import write_text
 from lomar.interop.tokenizers import load_tokenizer
-from lomar.methods.recipes import IMAGENET, RECIPES, mask_layer_for
+from lomar.methods.recipes import RECIPES, mask_layer_for
 from lomar.model.encoder import SIZES, size_of
 from lomar.options import StudyOptions, fields_of, flag, suggestion
 from lomar.study.cells import TOKENIZER, Setup, needs_tokenizer
@@ -146,15 +147,19 @@ def _check_row(entry: Entry, options: StudyOptions, sizes: Sizes) -> None:
     """
     if not entry.method:
         return
-    recipe = RECIPES[entry.method].options
-    values = dict(IMAGENET) | dict(recipe) | {"model": options.model}
-    values["mask_layer"] = mask_layer_for(values["mask_layer"], sizes.depth)
-    values |= {"image_size": options.image_size, "patch_size": options.patch_size, "channels": 3}
-    values |= {name: value for name, value, _ in decoder_for(size_of(options.model)[0])}
+    recipe = RECIPES[entry.method]
+    values = dict(recipe.full) | dict(recipe.options) | {"method": entry.method, "model": options.model, "channels": 3}
+    values |= {name: getattr(options, name) for name in ("image_size", "patch_size", "batch_size")}
+    if not recipe.objective:
+        values["mask_layer"] = mask_layer_for(values["mask_layer"], sizes.depth)
+        values |= {name: value for name, value, _ in decoder_for(size_of(options.model)[0])}
     values |= dict(entry.changes)
     try:
         if values["patch_size"] < 1:
             raise UserError(f"--patch-size {options.patch_size} cannot be halved")
+        if recipe.objective:
+            fitted = fitted_sizes(recipe.objective, values, entry.changes)
+            values |= {name: choice.value for name, choice in fitted.items()}
         check_fit(values, None)
     except UserError as error:
         raise UserError(f"row {entry.name!r} cannot be trained: {error}; --rows names those to run") from None

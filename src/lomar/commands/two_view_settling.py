@@ -23,6 +23,31 @@ FOLLOWED = 10
 WARMING_SHARE, FROZEN_SHARE = 0.1, 0.01  # of the run: DINO's 30 of 300 epochs, 1 of 100
 
 
+def fitted_sizes(objective: str, values: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Choice]:
+    """Heads and small crops for an encoder and crops of one size, for options that are not among `wanted`.
+
+    Args:
+        objective: one of `lomar.methods.recipes.OBJECTIVES`.
+        values: model, image_size and patch_size by name.
+        wanted: names of those that were given.
+    """
+    width, _, _ = size_of(values["model"])
+    patch, base_width = values["patch_size"], SIZES["base"][0]
+    within, given = HEADS[objective]
+    choices = {"head_width": Choice(within, "the paper's"), "head_outputs": Choice(given, "the paper's")}
+    if width < SIZES["small"][0]:
+        reason = f"for an encoder {width} wide; {within} and {given} are for one of {base_width}"
+        outputs = max(64, given * width // base_width // 8) if objective == "dino" else max(64, given // 2)
+        choices = {
+            "head_width": Choice(max(64, within * width // base_width), reason),
+            "head_outputs": Choice(outputs, "likewise"),
+        }
+    if objective == "dino":
+        local_px = max(1, round(values["image_size"] * LOCAL_SHARE / patch)) * patch
+        choices["local_size"] = Choice(local_px, f"96 of 224 px, in patches of {patch}")
+    return {name: choice for name, choice in choices.items() if name not in wanted}
+
+
 def fitted_views(objective: str, values: Mapping[str, Any], wanted: Collection[str], count: int) -> dict[str, Choice]:
     """What a recipe says of one size and length, for those that were asked for; `wanted` options stay as they are.
 
@@ -32,27 +57,14 @@ def fitted_views(objective: str, values: Mapping[str, Any], wanted: Collection[s
         wanted: names of those that were given.
         count: images.
     """
-    width, _, _ = size_of(values["model"])
-    patch = values["patch_size"]
+    choices = fitted_sizes(objective, values, wanted)
     epochs = values["epochs"] or values["max_steps"] * values["batch_size"] / count
     steps = max(1.0, epochs * count / values["batch_size"])
-    base_width = SIZES["base"][0]
-    within, given = HEADS[objective]
-    choices = {"head_width": Choice(within, "the paper's"), "head_outputs": Choice(given, "the paper's")}
-    if width < SIZES["small"][0]:
-        reason = f"for an encoder {width} wide; {within} and {given} are for one of {base_width}"
-        outputs = max(64, given * width // base_width // 8) if objective == "dino" else max(64, given // 2)
-        choices = {
-            "head_width": Choice(max(64, within * width // base_width), reason),
-            "head_outputs": Choice(outputs, ""),
-        }
     base = BASE_MOMENTUM[objective]
     momentum = round(min(base, max(0.5, 1 - FOLLOWED / steps)), 4)
     reason = "the paper's" if momentum == base else f"{steps:.0f} steps; the paper's {base} is for long runs"
     choices["momentum"] = Choice(momentum, reason)
     if objective == "dino":
-        local_px = max(1, round(values["image_size"] * LOCAL_SHARE / patch)) * patch
-        choices["local_size"] = Choice(local_px, f"96 of 224 px, in patches of {patch}")
         choices["teacher_temperature_epochs"] = Choice(round(WARMING_SHARE * epochs, 4), "a tenth of the run")
         frozen = min(1.0, FROZEN_SHARE * epochs)
         choices["freeze_last_layer"] = Choice(round(frozen, 4), "DINO's" if frozen == 1 else "a hundredth of the run")

@@ -26,7 +26,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -138,6 +138,30 @@ class Image:
         if len(resized) == 1 and fmt.channels == 3:
             resized = np.repeat(resized, 3, axis=0)
         return resized
+
+
+def decoded_once(image: Image, zoom: float, channels: int) -> Image:
+    """An image whose pixels are there, so that many crops of it cost one decoding; boxes are as before.
+
+    Args:
+        image: not decoded yet.
+        zoom: share of its sides that is fine enough; where a decoder can shrink, it may.
+        channels: of the crops that will be asked for.
+
+    Raises:
+        BadImageError: the file is damaged.
+    """
+    size = (min(image.height, math.ceil(zoom * image.height)), min(image.width, math.ceil(zoom * image.width)))
+    pixels = image.decode((0, 0, image.height, image.width), size, channels)
+    down, across = pixels.shape[0] / image.height, pixels.shape[1] / image.width
+
+    def cut(box: Box, size: Size, channels: int) -> np.ndarray:
+        top, left, height, width = box
+        row, column = int(top * down), int(left * across)
+        bottom, right = max(row + 1, round((top + height) * down)), max(column + 1, round((left + width) * across))
+        return pixels[row:bottom, column:right]
+
+    return replace(image, decode=cut)
 
 
 def read_image(data: bytes | memoryview, name: str) -> Image:

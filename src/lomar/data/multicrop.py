@@ -1,5 +1,6 @@
 """Several crops of each image, for methods that compare views: two large ones, and small ones beside them."""
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -8,12 +9,15 @@ import torch
 from torch.utils.data import Dataset
 
 from lomar.data.augment import random_resized_crop
-from lomar.data.decode import Image, PixelFormat
+from lomar.data.decode import Image, PixelFormat, decoded_once
 from lomar.data.loader import Draw, MicroBatch, SampleKey, batches_of, readable_sample
 from lomar.data.order import POOLED_GB, Order
 from lomar.data.sources import ImageSource
 
 Scale = tuple[float, float]
+
+NARROWEST = 3 / 4  # of a crop, its shorter side over the longer
+SHRUNK = 0.5  # above, a decoder that shrinks saves little, and boxes would be rounded to its pixels
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,17 @@ class MultiCropPlan:
     local_scale: Scale = (0.0, 0.0)
 
     def __call__(self, image: Image, fmt: PixelFormat, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The large crops (2, C, S, S) and the small ones (V - 2, C, s, s)."""
+        """The large crops (2, C, S, S) and the small ones (V - 2, C, s, s); the file is decoded once for all."""
+        image = decoded_once(image, self._zoom(image), fmt.channels)
         large = self._crops(image, fmt, generator, 2, self.size_px, self.scale)
         return large, self._crops(image, fmt, generator, self.local_crops, self.local_px, self.local_scale)
+
+    def _zoom(self, image: Image) -> float:
+        """Share of an image's sides at which its smallest crops need not be enlarged more than they must be."""
+        kinds = [(self.size_px, self.scale[0])] + [(self.local_px, self.local_scale[0])] * bool(self.local_crops)
+        shortest = math.sqrt(NARROWEST * image.height * image.width)
+        zoom = max(side / (math.sqrt(share) * shortest) for side, share in kinds)
+        return zoom if zoom < SHRUNK else 1.0
 
     def _crops(
         self, image: Image, fmt: PixelFormat, generator: torch.Generator, count: int, side_px: int, scale: Scale

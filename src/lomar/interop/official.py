@@ -56,13 +56,14 @@ DINO = Family("DINO", "", MAE.mark, "", ("learned",), "dino")
 MOCO = Family("MoCo v3", "", MAE.mark, "", ("sincos",), "mocov3")  # after MAE, whose names it has
 FAMILIES = (LOMAR, MAE, BEIT, DINO, MOCO)
 
-# What tensors are under, in what `torch.save` wrote. DINO keeps a student beside its teacher, which is the better one.
+# What tensors may be under; DINO's student stands beside its teacher, whose features are the better ones.
 _HOLDERS = ("model", "module", "teacher", "state_dict")
 # What an encoder's names begin with where a file holds more networks than that: DINO, MoCo v3.
 _ENCODERS = ("backbone.", "base_encoder.")
-# Of absolute positions, what nearer than this share of a sine-cosine table's length is one that has been trained on.
+# A table nearer than this to one of sines and cosines, over its norm, began as that and was moved by fine-tuning; one
+# that has nothing to do with it is 1 away or more.
 _NEAR = 0.5
-# Width of the released heads where it is not 64.
+# Width of the released heads where it is not 64, by the width of a token.
 _HEAD_WIDTHS = {(MAE, 1280): 80, (MOCO, 1280): 80, (MOCO, 384): 32}
 
 # Parts of names in an encoder: ours, theirs. The first that occurs counts.
@@ -507,8 +508,7 @@ def _recognise(path: Path) -> _File:
 def _owner(state: Mapping[str, Tensor]) -> Family:
     """MAE, DINO or MoCo v3: their encoders have the same names, so what stands beside them tells, or the positions.
 
-    MAE's are sines and cosines of the column, then of the row; MoCo v3's of the row first; DINO's neither. Fine-tuning
-    moves them, but not far.
+    MAE's are sines and cosines of the column, then of the row; MoCo v3's of the row first; DINO's neither.
     """
     if MAE.mark not in state or any(name.startswith(("decoder_", "mask_token", "fc_norm.")) for name in state):
         return MAE

@@ -16,7 +16,7 @@ from lomar import __version__
 from lomar.errors import UserError
 from lomar.files import write_atomically
 from lomar.interop.official import Official, from_beits_names, is_torch_file, read_official
-from lomar.methods.composition import Composition
+from lomar.methods.composition import Composition, EncoderComposition
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.model import Encoder
 from lomar.model.encoder import crop_pct
@@ -27,7 +27,7 @@ CLASSIFIER_FILE = "classifier.safetensors"
 EXPORTED_FILE = "model.safetensors"  # of a folder of `lomar export`, under timm's name
 
 
-def save_encoder(path: Path, encoder: Encoder, source: Composition | Official) -> None:
+def save_encoder(path: Path, encoder: Encoder, source: EncoderComposition | Official) -> None:
     """Write an encoder with all that `load` needs to rebuild it, and how its input is normalised.
 
     Args:

@@ -9,7 +9,7 @@ from lomar.methods.distortion import Distortion
 from lomar.methods.masks import BlockwiseMask, KeptMask, Share, UniformMask
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.methods.targets import TARGETS
-from lomar.methods.two_view import DINO, MoCoV3
+from lomar.methods.two_view import DINO, LARGE_CROPS, MoCoV3
 from lomar.methods.views import LocalWindows, ReleasedWindows, WholeImage
 from lomar.model import Encoder
 from lomar.model.positions import Grid
@@ -249,6 +249,16 @@ class TwoViewComposition(EncoderComposition):
     freeze_last_layer: float = 0.0
 
     @property
+    def view_size(self) -> Grid:
+        """(rows, columns) of a large crop, in patches."""
+        return self.grid
+
+    @property
+    def view_count(self) -> int:
+        """Crops of an image."""
+        return LARGE_CROPS + self.local_crops
+
+    @property
     def local_grid(self) -> Grid:
         """(rows, columns) of a small crop, in patches."""
         side = self.local_size // self.patch_size
@@ -292,3 +302,10 @@ class TwoViewComposition(EncoderComposition):
             for blur, solarize in zip(self.blur, (0.0, self.solarize, 0.0), strict=True)
         )
         return first, second, *[small] * self.local_crops
+
+
+def composition_from(values: Mapping[str, Any]) -> Composition | TwoViewComposition:
+    """The inverse of `to_dict`, of either kind."""
+    if "objective" in values:
+        return TwoViewComposition.from_dict(values)
+    return Composition.from_dict(values)

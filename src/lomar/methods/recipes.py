@@ -41,6 +41,7 @@ class Recipe:
         result: what the paper reports: top-1 accuracy in per cent after fine-tuning at 224 px, if not said otherwise.
         hours: the paper's pretraining time on four A100; None where it does not say.
         objective: "" for masked reconstruction, else one of `OBJECTIVES`.
+        note: what a reader of the full run should know.
     """
 
     paper: str
@@ -50,11 +51,18 @@ class Recipe:
     result: str = ""
     hours: int | None = None
     objective: str = ""
+    note: str = ""
 
     def composition(self, name: str) -> Composition | TwoViewComposition:
         """The method at the paper's size."""
         values = {"method": name, "mean": IMAGENET_MEAN, "std": IMAGENET_STD} | dict(self.options) | dict(self.full)
-        return compose(values, OPENAI_VOCAB, scale=255.0)
+        return self.compose(values, OPENAI_VOCAB, scale=255.0)
+
+    def compose(self, values: Mapping[str, Any], vocab: int, scale: float) -> Composition | TwoViewComposition:
+        """Option values -> the composition of this recipe's kind; arguments as for `compose`."""
+        if self.objective:
+            return TwoViewComposition(**_named(TwoViewComposition, values), objective=self.objective, scale=scale)
+        return compose(values, vocab, scale)
 
     @property
     def lacks(self) -> frozenset[str]:
@@ -67,25 +75,26 @@ def mask_layer_for(layer: int, depth: int) -> int:
     return min(depth - 1, round(layer * depth / DEPTH))
 
 
-def compose(values: Mapping[str, Any], vocab: int, scale: float) -> Composition | TwoViewComposition:
-    """Option values -> the composition they name.
+def compose(values: Mapping[str, Any], vocab: int, scale: float) -> Composition:
+    """Option values -> the masked reconstruction that they name.
 
     Args:
-        values: options of `lomar pretrain` by name; those that the method lacks may be None.
+        values: options of `lomar pretrain` by name.
         vocab: codebook size of the tokenizer, for methods that have one.
         scale: pixel value that stands for 1.
 
     Raises:
         ValueError: `model` is no size.
     """
-    objective = RECIPES[values["method"]].objective
+    named = _named(Composition, values)
+    return Composition(**named, vocab=vocab if values["target"] == "tokens" else 0, scale=scale)
+
+
+def _named(kind: type[EncoderComposition], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a composition among option values; an option that a method lacks is None."""
     width, depth, heads = size_of(values["model"])
-    kind = TwoViewComposition if objective else Composition
     named = {f.name: values[f.name] for f in fields(kind) if values.get(f.name) is not None}
-    named |= {"embed_dim": width, "depth": depth, "num_heads": heads, "scale": scale}
-    if objective:
-        return TwoViewComposition(**named | {"objective": objective})
-    return Composition(**named | {"vocab": vocab if values["target"] == "tokens" else 0})
+    return named | {"embed_dim": width, "depth": depth, "num_heads": heads}
 
 
 LOMAR: dict[str, Any] = {
@@ -288,6 +297,7 @@ RECIPES: dict[str, Recipe] = {
         DINO_IMAGENET | _course(300, 10),
         "82.8",
         objective="dino",
+        note="Arguments of DINO's released ViT-B/16, told from memory; that run had 400 epochs, the paper's row 300.",
     ),
     "mocov3": Recipe(
         "Table 1",
@@ -296,6 +306,7 @@ RECIPES: dict[str, Recipe] = {
         MOCOV3_IMAGENET | _course(300, 40),
         "83.2",
         objective="mocov3",
+        note="The paper's 600 epochs count both crops: they are MoCo v3's 300.",
     ),
     "beit-lomar": Recipe(
         "Table 3",

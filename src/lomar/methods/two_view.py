@@ -218,8 +218,9 @@ class TwoView(nn.Module):
         Returns:
             float (B * V, C, h, w).
         """
-        unit = crops.flatten(0, 1).to(self.mean.dtype) / self.scale
-        return (distort(unit, distortions.flatten(0, 1), bounded=self.scale != 1) - self.mean) / self.std
+        with torch.autocast(crops.device.type, enabled=False):  # colours are not rounded
+            unit = crops.flatten(0, 1).to(self.mean.dtype) / self.scale
+            return (distort(unit, distortions.flatten(0, 1), bounded=self.scale != 1) - self.mean) / self.std
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass: less memory, about a third more time."""

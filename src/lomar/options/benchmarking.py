@@ -34,7 +34,7 @@ class BenchmarkOptions:
     # What
     methods: tuple[str, ...] | None = option(
         "recipes, each as it is or with changes: lomar:mask_layer=8,predict_share=0.5; timm-mae is MAE put together "
-        "from timm's blocks",
+        "from timm's blocks; dino and mocov3 are measured with their teachers and distortions",
         default=None,
         auto="lomar lomar-late mae beit; windows: lomar lomar-late; processes: lomar-late",
         metavar="NAME",

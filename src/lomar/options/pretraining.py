@@ -181,7 +181,12 @@ class PretrainOptions:
         metavar="N",
     )
     local_size: int | None = option(
-        "side of a small crop, in pixels", default=None, auto="dino: 96 of 224", low=1, high=MOST_SIDE, metavar="PX"
+        "side of a small crop, in pixels",
+        default=None,
+        auto="of dino, in proportion to 96 of 224",
+        low=1,
+        high=MOST_SIDE,
+        metavar="PX",
     )
     local_scale: tuple[float, float] | None = option(
         "smallest and largest share of an image's area that a small crop covers",
@@ -212,7 +217,7 @@ class PretrainOptions:
     head_width: int | None = option(
         "width of the layers within a head",
         default=None,
-        auto="for a base encoder: dino 2048, mocov3 4096",
+        auto="of a base encoder, dino 2048, mocov3 4096",
         low=1,
         high=MOST_WIDTH,
         metavar="D",
@@ -220,7 +225,7 @@ class PretrainOptions:
     head_outputs: int | None = option(
         "prototypes of dino, width of mocov3's queries and keys",
         default=None,
-        auto="for a base encoder: dino 65536, mocov3 256",
+        auto="of a base encoder, dino 65536, mocov3 256",
         low=2,
         high=2**20,
         metavar="N",
@@ -228,7 +233,7 @@ class PretrainOptions:
     momentum: float | None = option(
         "of the teacher or momentum encoder, at the beginning; 1 at the end",
         default=None,
-        auto="dino 0.996, mocov3 0.99; less in a short run",
+        auto="dino 0.996, mocov3 0.99, less in a short run",
         low=0,
         below=1,
         metavar="M",
@@ -248,12 +253,12 @@ class PretrainOptions:
         metavar="FIRST LAST",
     )
     teacher_temperature_epochs: float | None = option(
-        "passes that this warm-up takes", default=None, auto="dino: a tenth of the run", low=0, metavar="E"
+        "passes that this warm-up takes", default=None, auto="of dino, a tenth of the run", low=0, metavar="E"
     )
     freeze_last_layer: float | None = option(
         "passes that the prototypes stay frozen for",
         default=None,
-        auto="dino: 1; less in a short run",
+        auto="of dino, one at most, less in a short run",
         low=0,
         metavar="E",
     )
@@ -297,9 +302,9 @@ class PretrainOptions:
         "AdamW's weight decay", auto="lomar, mae, beit: 0.05; dino: 0.04; mocov3: 0.1", low=0, metavar="WD"
     )
     weight_decay_end: float | None = option(
-        "what it rises to along half a cosine",
+        "what it becomes along half a cosine, where it does not stay",
         default=None,
-        auto="dino: 0.4; the others: it stays",
+        auto="dino: 0.4",
         low=0,
         metavar="WD",
     )

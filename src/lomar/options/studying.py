@@ -6,14 +6,25 @@ from lomar.options.downstream import DEVICES, PRECISIONS
 from lomar.options.fields import AUTO, LARGEST_SEED, MOST_WORKERS, option
 from lomar.options.pretraining import MOST_BATCH, MOST_SIDE
 
-STUDY_NAMES = ("table1", "table3", "fig3", "fig4", "fig5", "fig6", "late", "layout")
+STUDIES = {
+    "table1": "MAE, BEiT, LoMaR, DINO and MoCo v3 at equal epochs and at equal time",
+    "table3": "BEiT with and without windows",
+    "fig3": "accuracy against pretraining time",
+    "fig4": "resolution",
+    "fig5": "window size, architecture and position",
+    "fig6": "share of hidden patches",
+    "late": "where mask tokens enter",
+    "layout": "how windows are drawn",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
     """Compare methods: pretrain each with several rates and seeds, judge all alike, and write one table."""
 
-    study: str = option("what to compare: " + ", ".join(STUDY_NAMES), positional=True)
+    study: str = option(
+        "what to compare: " + "; ".join(f"{name}: {text}" for name, text in STUDIES.items()), positional=True
+    )
     data: str = option(
         "labelled images in files: train/ and val/ of class folders, class folders alone, or a .csv of path,label",
         metavar="DIR",

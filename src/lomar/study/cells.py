@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lomar.data.decode import PixelFormat
 from lomar.interop.tokenizers import load_tokenizer
-from lomar.interop.weights import load_reconstructor
-from lomar.methods.cost import STEP, forward_flops, tokenizer_flops
+from lomar.methods.cost import step_flops, tokenizer_flops
 from lomar.methods.recipes import RECIPES
-from lomar.options import flag
+from lomar.options import PretrainOptions, flag, read_config
 from lomar.study.plan import Cell, Job
 from lomar.study.splits import FOLDER, JUDGE, PRETRAIN, TUNE, WATCH
 from lomar.training.loop import AGAIN_NOT_FINITE, HALVED
 from lomar.training.records import LOG_FILE, Metrics
 
 CELLS, RESULT, TOKENIZER = "cells", "cell.json", "tokenizer.safetensors"
+CONFIG = "config.yaml"  # of a run
 LOSSES = 50  # last steps whose mean loss is told
 NEIGHBOURS = 20
 PAUSE = 20  # a step that takes so many median ones was no step: the process or the machine stood still
@@ -86,7 +87,7 @@ def steps(job: Job, setup: Setup) -> list[Step]:
 
 def needs_tokenizer(method: str) -> bool:
     """Whether a recipe predicts tokens; "" is no pretraining."""
-    return bool(method) and RECIPES[method].options["target"] == "tokens"
+    return bool(method) and RECIPES[method].options.get("target") == "tokens"
 
 
 def divergence(log: Path) -> Found | None:
@@ -197,15 +198,12 @@ def _tuning(cell: Cell, setup: Setup, folder: Path) -> Step:
 def _pretrained(run: Path) -> Found:
     """Time is that of all steps, without evaluations, checkpoints and pauses."""
     rows = [row for row in Metrics.read(run / "metrics.jsonl") if "images_per_s" in row]
-    _, c = load_reconstructor(run)
-    images = len(rows) * c.batch_size
-    seconds = [c.batch_size / row["images_per_s"] for row in rows]
+    options = read_config(str(run / CONFIG), PretrainOptions)
+    batch_size = options["batch_size"]
+    images = len(rows) * batch_size
+    seconds = [batch_size / row["images_per_s"] for row in rows]
     usual = statistics.median(seconds)
     taken = sum(usual if each > PAUSE * usual else each for each in seconds)
-    extra = 0
-    if c.target == "tokens":
-        encoder = load_tokenizer(run / TOKENIZER).encoder
-        extra = tokenizer_flops(c.grid, encoder.channels, encoder.width, c.vocab, encoder.blocks_per_group)
     return {
         "images": images,
         "images_per_s": round(images / taken, 2),
@@ -213,10 +211,22 @@ def _pretrained(run: Path) -> Found:
         "elapsed_s": rows[-1]["elapsed_s"],
         "loss": round(statistics.mean(row["loss"] for row in rows[-LOSSES:]), 5),
         "data_wait": round(statistics.median(row["data_wait"] for row in rows), 4),
-        "flops_of_image": STEP * forward_flops(c).total + extra,
+        "flops_of_image": _flops_of_image(run, options),
         "peak_bytes": rows[-1].get("peak_bytes"),
         "diverged": HALVED in (run / LOG_FILE).read_text(encoding="utf-8", errors="replace"),
     }
+
+
+def _flops_of_image(run: Path, options: Mapping[str, Any]) -> int:
+    """Of a step of the method that a run's options make, with the forward pass of its tokenizer if it has one."""
+    tokenizer = load_tokenizer(run / TOKENIZER) if options.get("target") == "tokens" else None
+    scale = PixelFormat(options["channels"], options["pixel_type"]).scale
+    c = RECIPES[options["method"]].compose(options, tokenizer.vocab if tokenizer else 0, scale)
+    if tokenizer is None:
+        return step_flops(c)
+    encoder = tokenizer.encoder
+    tokens = tokenizer_flops(c.grid, encoder.channels, encoder.width, tokenizer.vocab, encoder.blocks_per_group)
+    return step_flops(c) + tokens
 
 
 def _probed(probe: Path) -> Found:

@@ -77,6 +77,8 @@ def _table1(sizes: Sizes) -> list[Entry]:
         Entry("lomar", "lomar", group="equal epochs"),
         Entry("lomar-small-patches", "lomar", small, group="equal epochs"),
         Entry("lomar-late", "lomar-late", group="equal epochs"),
+        Entry("dino", "dino", group="equal epochs"),
+        Entry("mocov3", "mocov3", group="equal epochs"),
     ]
     as_long = [
         Entry(

@@ -14,7 +14,7 @@ from lomar.study.grids import Entry, Sizes
 Results = Mapping[str, Mapping[str, Any]]
 
 # Recipes by whose name a cell is called when changes of another one come to the same.
-_NAMED = ("lomar", "lomar-late", "mae", "beit", "beit-lomar")
+_NAMED = ("lomar", "lomar-late", "mae", "beit", "beit-lomar", "dino", "mocov3")
 
 
 @dataclass(frozen=True)
@@ -173,5 +173,6 @@ def canonical(method: str, changes: Mapping[str, Any], sizes: Sizes) -> tuple[st
 def _method(name: str, sizes: Sizes) -> dict[str, Any]:
     """What a recipe says of the method alone, at a study's sizes."""
     options = dict(RECIPES[name].options)
-    options["mask_layer"] = mask_layer_for(options["mask_layer"], sizes.depth)
+    if "mask_layer" in options:
+        options["mask_layer"] = mask_layer_for(options["mask_layer"], sizes.depth)
     return options | {"image_size": sizes.image_size, "patch_size": sizes.patch_size}
