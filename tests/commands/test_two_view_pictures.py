@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lomar.data.decode import PixelFormat
 from lomar.data.loader import SampleKey
 from lomar.data.multicrop import multicrop_batches
 from lomar.data.opening import open_source
-from lomar.methods.recipes import RECIPES, compose
+from lomar.methods.recipes import RECIPES
 from lomar.methods.two_view import TwoView
 from lomar.options import PretrainOptions
 from lomar.reporting import hints
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("miniature")
 
 @pytest.fixture(scope="module")
 def runs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each method, with its pictures, and how often it drew its crops."""
+    """A run of each method, with its pictures."""
     from lomar.cli import main
 
     root = tmp_path_factory.mktemp("runs")
@@ -49,9 +50,7 @@ def section(page: str, name: str) -> str:
 
 
 @pytest.mark.parametrize("method", list(OF))
-def test_a_run_draws_its_crops_at_its_first_evaluation_alone(
-    runs: dict[str, Path], lomar: Command, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_draws_its_crops_at_its_first_evaluation_alone(runs: dict[str, Path], method: str) -> None:
     drawn = sorted(path.name for path in (runs[method] / "figures").iterdir())
     assert drawn == ["crops.png", "curves.png"]
     with Image.open(runs[method] / "figures" / "crops.png") as picture:
@@ -64,8 +63,7 @@ def test_a_run_draws_its_crops_at_its_first_evaluation_alone(
 def test_crops_drawn_are_what_the_encoder_gets_in_the_first_epoch(runs: dict[str, Path], photos: Path) -> None:
     options = PretrainOptions(**{"out": "x"} | options_of(str(runs["dino"]), PretrainOptions))
     source, fmt = open_source(str(photos)), PixelFormat(3, "uint8")
-    values = dict(RECIPES["dino"].options) | options_of(str(runs["dino"]), PretrainOptions)
-    method = compose(values, vocab=0, scale=255.0).build()
+    method = RECIPES["dino"].compose(asdict(options), vocab=0, scale=255.0).build()
     assert isinstance(method, TwoView)
     draw = method.draw(options.seed)
 
@@ -88,8 +86,7 @@ def test_crops_drawn_are_what_the_encoder_gets_in_the_first_epoch(runs: dict[str
 def test_images_that_cannot_be_read_are_left_out_of_the_picture(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no")
     options = PretrainOptions(**{"out": "x"} | options_of(str(runs["mocov3"]), PretrainOptions))
-    values = dict(RECIPES["mocov3"].options) | options_of(str(runs["mocov3"]), PretrainOptions)
-    method = compose(values, vocab=0, scale=255.0).build()
+    method = RECIPES["mocov3"].compose(asdict(options), vocab=0, scale=255.0).build()
     source = open_source(str(tmp_path))
     assert crops.picture_of_crops(method, options, source, PixelFormat(3, "uint8"), [0]) is None
     Image.new("RGB", (40, 40), "red").save(tmp_path / "b.png")
