@@ -91,6 +91,6 @@ def _caption(options: PretrainOptions) -> str:
     said += f"{high:.0%} of the image's area"
     if options.local_crops and options.local_scale:
         low, high = options.local_scale
-        side = options.local_size
-        said += f", and {options.local_crops} small ones of {side} x {side} px, {low:.0%} to {high:.0%}"
+        small = options.local_size
+        said += f", and {options.local_crops} small ones of {small} x {small} px, {low:.0%} to {high:.0%}"
     return f"{said}; mirrored or not, and distorted. The first column is the middle of the image as it is."
