@@ -13,6 +13,7 @@ from kept import last_state
 from processes import in_two_processes
 
 import lomar as package
+from lomar.training.checkpoint import Checkpoints
 
 Course = Callable[[Path], list[tuple[int, float, float, float]]]
 SIZES = (
@@ -76,10 +77,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 def test_two_processes_give_the_losses_and_weights_of_one(
     compare: Callable[..., Any], tmp_path: Path, photos: Path, course: Course, method: str
 ) -> None:
-    """MoCo v3's heads normalise over both batches and its keys are those of both; DINO's centre is that of both."""
-    assert compare(tmp_path / "one", method, "--max-steps 3").status == 0
+    """MoCo v3's heads normalise over both batches and its keys are those of both; DINO's centre is that of both.
+
+    DINO's shares may differ: 3 images and 2.
+    """
+    size = "--max-steps 3 --batch-size " + {"dino": "5", "mocov3": "4"}[method]
+    assert compare(tmp_path / "one", method, size).status == 0
     run = tmp_path / "two"
-    words = (SIZES, OF[method], "--max-steps 3 --micro-batch 1")
+    words = (SIZES, OF[method], size, "--micro-batch 1")
     out = in_two_processes(tmp_path, "pretrain --data", photos, "--out", run, *words)
     assert out.count("step 3/3") == 1
     np.testing.assert_allclose(np.array(course(run)), np.array(course(tmp_path / "one")), rtol=1e-3)
@@ -115,6 +120,7 @@ def test_what_follows_from_sizes_and_length_is_told_and_kept(compare: Callable[.
         ("dino", "--local-scale 0.5 0.1", "--local-scale is 0.5 0.1; the smaller share comes first"),
         ("dino", "--crop-scale 0.5 0.1", "--crop-scale is 0.5 0.1; the smaller share comes first"),
         ("dino", "--strategy fsdp", "--strategy is fsdp, which methods with a teacher do not go with; it can be ddp"),
+        ("dino", "--clip-by all --strategy fsdp", "--strategy is fsdp"),
         ("mocov3", "--batch-size 1", "--batch-size is 1; mocov3 compares images with each other: 2 is the least"),
         ("dino", "--momentum 1", "--momentum is '1'; it must be a number, at least 0 and below 1"),
         ("dino", "--blur 0.5", "--blur"),
@@ -130,6 +136,8 @@ def test_what_does_not_fit_is_one_line(
 
 
 def test_masked_methods_have_no_part_of_these(pretrain: Callable[..., Any], tmp_path: Path) -> None:
+    spread = pretrain(tmp_path / "run", "--max-steps 2 --strategy fsdp --clip-by tensor")
+    assert spread.status == 2 and "--clip-by is tensor, which --strategy fsdp does not go with" in spread.err
     done = pretrain(tmp_path / "run", "--max-steps 2 --momentum 0.9")
     assert done.status == 2 and "--momentum is for dino, mocov3; --method lomar has no such part" in done.err
 
@@ -145,12 +153,40 @@ def test_a_configuration_that_lacks_a_part_is_refused(
     assert done.status == 2 and "is not complete: it lacks temperature" in done.err
 
 
+def test_a_configuration_with_a_part_of_another_method_is_refused(
+    compare: Callable[..., Any], lomar: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert compare(run, "mocov3", "--max-steps 2").status == 0
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("mask_ratio: null", "mask_ratio: 0.5"))
+    done = lomar("pretrain --resume --out", run)
+    assert done.status == 2 and "gives mask_ratio, a part that mocov3 does not have" in done.err
+
+
+def test_the_teacher_is_where_the_schedule_of_the_whole_run_has_it(compare: Callable[..., Any], tmp_path: Path) -> None:
+    """Of two kept checkpoints: m t + (1 - m) s at step 1 of 4, s after the update (DINO) or before it (MoCo v3)."""
+    m = 1 - 0.5 * (1 + math.cos(math.pi / 4)) / 2
+    for method in OF:
+        run = tmp_path / method
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lomar.training.checkpoint.KEPT", 9)
+            assert compare(run, method, "--max-steps 4 --momentum 0.5 --checkpoint-steps 1").status == 0
+        states = [Checkpoints(run / "checkpoints").read(step)["model"] for step in (1, 2)]
+        name = "encoder.blocks.0.mlp.fc1.weight"
+        leading = states[1 if method == "dino" else 0][f"student.{name}"]
+        expected = m * states[0][f"teacher.{name}"] + (1 - m) * leading
+        torch.testing.assert_close(states[1][f"teacher.{name}"], expected)
+
+
 def test_weight_decay_is_that_of_the_step(compare: Callable[..., Any], tmp_path: Path) -> None:
     """Half a cosine from 0.04 to 0.4 over 4 steps, as after 3 of them; MoCo v3 decays norms and biases too."""
     assert compare(tmp_path / "dino", "dino", "--max-steps 4").status == 0
     plain, decayed = last_state(tmp_path / "dino")["optimizer"]["param_groups"]
     assert plain["weight_decay"] == 0
     assert decayed["weight_decay"] == pytest.approx(0.4 - 0.36 * (1 + math.cos(math.pi * 3 / 4)) / 2)
+    assert compare(tmp_path / "none", "dino", "--max-steps 2 --weight-decay 0").status == 0
+    assert last_state(tmp_path / "none")["optimizer"]["param_groups"][1]["weight_decay"] == pytest.approx(0.2)
     assert compare(tmp_path / "moco", "mocov3", "--max-steps 2").status == 0
     plain, decayed = last_state(tmp_path / "moco")["optimizer"]["param_groups"]
     assert not plain["params"] and decayed["weight_decay"] == 0.1

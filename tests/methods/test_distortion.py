@@ -80,12 +80,29 @@ def test_gray_and_solarisation_are_torchvisions_where_they_are_drawn() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 1.7])
-def test_blur_is_torchvisions_with_each_crops_own_deviation(sigma: float) -> None:
+def test_blur_is_torchvisions_with_each_crops_own_deviation_whatever_the_others_have(sigma: float) -> None:
     images = torch.rand(2, 3, 16, 12, generator=torch.Generator().manual_seed(2))
     found = blurred(images, torch.tensor([sigma, 1.7]))
-    side = 2 * int(3 * 1.7 + 0.5) + 1
-    torch.testing.assert_close(found[0], torchvision.gaussian_blur(images[0], [side, side], [sigma, sigma]))
-    torch.testing.assert_close(found[1], torchvision.gaussian_blur(images[1], [side, side], [1.7, 1.7]))
+    for image, blurry, each in zip(images, found, (sigma, 1.7), strict=True):
+        side = 2 * int(3 * each + 0.5) + 1
+        torch.testing.assert_close(blurry, torchvision.gaussian_blur(image, [side, side], [each, each]))
+    torch.testing.assert_close(blurred(images[:1], torch.tensor([sigma])), found[:1], rtol=0, atol=1e-6)
+
+
+def test_crops_are_blurred_before_they_are_solarised_and_gray_before_both() -> None:
+    images, rows = torch.rand(1, 3, 16, 12, generator=torch.Generator().manual_seed(3)), unchanged(1)
+    rows[0, GRAY], rows[0, SIGMA], rows[0, SOLARISED] = 1, 1.5, 1
+    expected = torchvision.gaussian_blur(torchvision.rgb_to_grayscale(images, 3), [11, 11], [1.5, 1.5])
+    torch.testing.assert_close(distort(images, rows), torchvision.solarize(expected, 128 / 255), rtol=0, atol=1e-5)
+
+
+def test_each_change_has_its_own_chance() -> None:
+    rows = drawn(3000, Distortion(0.4, gray=0.5, blur=0.5, solarize=0.5, size_px=7))
+    jittered = (rows[:, FACTORS] != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(dim=1)
+    chosen = torch.stack([jittered, rows[:, GRAY] > 0, rows[:, SIGMA] > 0, rows[:, SOLARISED] > 0]).double()
+    assert (torch.corrcoef(chosen) - torch.eye(4)).abs().max() < 0.06
+    factors = torch.corrcoef(rows[jittered][:, FACTORS].T.double())
+    assert (factors - torch.eye(4)).abs().max() < 0.06
 
 
 def test_crops_smaller_than_a_blurs_reach_are_blurred_within_themselves() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lomar.data.loader import SampleKey
 from lomar.methods.composition import TwoViewComposition
+from lomar.methods.distortion import WIDTH, distort
 from lomar.methods.heads import PrototypeHead, batch_normed_mlp
 from lomar.methods.recipes import RECIPES
 from lomar.methods.two_view import DINO, MoCoV3, TwoView
@@ -91,6 +92,74 @@ def test_mocos_loss_of_three_vectors_is_that_worked_out_by_hand() -> None:
     expected = torch.tensor([2 / 5, 1 / 4, 2 / 4]).log() * -2 / math.log(2)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(entropy[1], torch.tensor(2 * 0.25 * math.log(4) + 0.5 * math.log(2)))
+
+
+def views(method: TwoView, inputs: dict[str, Tensor], kind: str, place: int, at: int) -> tuple[Tensor, Tensor]:
+    """One crop of every image as the encoder gets it, and its numbers for drop path."""
+    unit = inputs[kind][:, place].float() / 255
+    seen = (distort(unit, inputs["distortions"][:, at]) - 0.5) / 0.25
+    return seen, inputs["paths"][:, at]
+
+
+def test_a_forward_pass_of_dino_is_every_crop_by_itself() -> None:
+    """Each crop with its own distortion and drop path; the teacher has none, and no small crops."""
+    method = made("dino", drop_path=0.5)
+    assert isinstance(method, DINO)
+    inputs = batch(method, images=3)
+    student, teacher = [], []
+    for at in range(5):
+        kind, place = ("crops", at) if at < 2 else ("local_crops", at - 2)
+        seen, paths = views(method, inputs, kind, place, at)
+        student.append(method.student.head(method.student.encoder.forward_features(seen, paths)[:, 0]))
+        if at < 2:
+            teacher.append(method.teacher.head(method.teacher.encoder.forward_features(seen)[:, 0]))
+    expected, _ = method.loss(torch.stack(teacher, dim=1).detach(), torch.stack(student, dim=1))
+    torch.testing.assert_close(method(**inputs)[0], expected.sum())
+
+
+def test_a_forward_pass_of_moco_compares_each_crop_with_the_keys_of_the_other() -> None:
+    method = made("mocov3", drop_path=0.5)
+    assert isinstance(method, MoCoV3)
+    inputs = batch(method, images=5)
+    with torch.no_grad():
+        for weight in method.teacher.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape))  # so that keys are not the student's
+    queries, keys = [], []
+    for at in (0, 1):
+        seen, paths = views(method, inputs, "crops", at, at)
+        features = method.student.encoder.forward_features(seen, paths)[:, 0]
+        queries.append(method.predictor(method.student.head(features)))
+        keys.append(method.teacher.head(method.teacher.encoder.forward_features(seen)[:, 0]).detach())
+    expected = method.loss(queries[0], keys[1])[0] + method.loss(queries[1], keys[0])[0]
+    torch.testing.assert_close(method(**inputs)[0], expected.sum())
+
+
+def test_crops_are_distorted_as_their_kind_is() -> None:
+    """SPEC D: blurred are all first crops, a tenth of the second and half of the small; solarised are second ones."""
+    first, second, *small = made("dino", color_jitter=0.3).distortions
+    assert (first.blur, second.blur) == (1.0, 0.1) and {each.blur for each in small} == {0.5} and len(small) == 3
+    assert (first.solarize, second.solarize) == (0.0, 0.2) and {each.solarize for each in small} == {0.0}
+    assert {(each.jitter, each.gray, each.size_px) for each in (first, second, *small)} == {(0.3, 0.2, 28)}
+
+
+def test_floats_have_no_white_that_bounds_them() -> None:
+    recipe = RECIPES["mocov3"]
+    values = {"method": "mocov3", "mean": (0.0,), "std": (1.0,)} | dict(recipe.full) | dict(recipe.options) | SMALL
+    method = recipe.compose(values, 0, scale=1.0).build()
+    assert isinstance(method, TwoView)
+    plain = torch.zeros(1, 2, WIDTH)
+    plain[..., :4] = torch.arange(4.0)
+    plain[..., 4:7] = 1
+    bright = 100 * torch.rand(1, 2, 1, 28, 28)
+    torch.testing.assert_close(method.seen(bright, plain), bright[0])
+
+
+def test_heads_of_dino_begin_as_in_its_code() -> None:
+    head = PrototypeHead(200, 300, 64, 50)
+    for layer in head.mlp:
+        if isinstance(layer, nn.Linear):
+            assert abs(float(layer.weight.std()) - 0.02) < 0.001 and not layer.bias.any()
+    assert abs(float(head.prototypes.abs().max()) - 64**-0.5) < 0.01  # torch's own, uniform
 
 
 @pytest.mark.parametrize("name", ["dino", "mocov3"])
@@ -211,11 +280,11 @@ def test_prototypes_stay_as_they_are_while_they_are_frozen() -> None:
 def test_the_numbers_tell_spread_features_from_equal_ones() -> None:
     """Of unit vectors along axes, each channel varies as much as it can; equal ones do not vary."""
     method = made("dino")
-    method.note(torch.cat([torch.eye(16), -torch.eye(16)]), torch.full((32,), 2.0))
+    method.accumulate(torch.cat([torch.eye(16), -torch.eye(16)]), torch.full((32,), 2.0))
     found = TwoView.after_update(method)
     assert float(found["feature_deviation"]) == pytest.approx(1.0)
     assert float(found["output_entropy"]) == 2.0
-    method.note(torch.ones(5, 16), torch.tensor([1.0, 3.0, 1.0, 3.0, 2.0]))
+    method.accumulate(torch.ones(5, 16), torch.tensor([1.0, 3.0, 1.0, 3.0, 2.0]))
     found = TwoView.after_update(method)
     assert float(found["feature_deviation"]) == pytest.approx(0.0, abs=1e-3)
     assert float(found["output_entropy"]) == 2.0
@@ -239,6 +308,18 @@ def test_a_collapse_is_told_after_an_epoch_and_many_steps_of_it() -> None:
     assert told == [False] * 80 + [True] * 20
     assert method.trouble({"step": 100, "feature_deviation": 0.3, "output_entropy": 1.0}) == ""
     assert method.trouble({"step": 101} | alike) == ""
+    told = [bool(method.trouble({"step": step} | alike)) for step in (*range(200, 240), *range(220, 275))]
+    assert told == [False] * 89 + [True] * 6  # it went back to a checkpoint in between
+
+
+@pytest.mark.parametrize("entropy", [0.001, math.log(13) - 0.001])
+def test_outputs_that_are_empty_are_dinos_collapse_and_mocos_success(entropy: float) -> None:
+    """One prototype, or all alike. MoCo's entropy is low where each crop finds the other crop of its image."""
+    for name, collapses in (("dino", True), ("mocov3", False)):
+        method = made(name)
+        numbers = {"feature_deviation": 0.9, "output_entropy": entropy}
+        told = [bool(method.trouble({"step": step} | numbers)) for step in range(60)]
+        assert any(told) == collapses
 
 
 @pytest.mark.parametrize("position", ["contextual", "sincos", "learned", "none"])

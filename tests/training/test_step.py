@@ -78,7 +78,11 @@ def test_weight_decay_changes_where_there_is_any() -> None:
     taken = step()
     weight, bias = taken.method.linear.parameters()
     taken.optimizer = torch.optim.SGD(
-        [{"params": [weight], "weight_decay": 0.5}, {"params": [bias], "weight_decay": 0.0}], lr=0.0
+        [
+            {"params": [weight], "weight_decay": 0.0, "decayed": True},
+            {"params": [bias], "weight_decay": 0.0, "decayed": False},
+        ],
+        lr=0.0,
     )
     taken.learn({"pixels": torch.zeros(7, 5)})
     before = weight.detach().clone()
@@ -93,6 +97,8 @@ class Following:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.bias: nn.Parameter | None = None
+        self.weight = nn.Parameter(torch.zeros(0))
+        self.seen: list[Tensor] = []
 
     def begin(self, step: int) -> None:
         self.calls.append(f"begin {step}")
@@ -101,9 +107,11 @@ class Following:
         assert self.bias is not None
         assert self.bias.grad is not None
         self.bias.grad = None
+        self.seen.append(self.weight.detach().clone())
         self.calls.append("before")
 
     def after_update(self) -> dict[str, Tensor]:
+        self.seen.append(self.weight.detach().clone())
         self.calls.append("after")
         return {"number": torch.tensor(2.0)}
 
@@ -112,15 +120,23 @@ class Following:
 
 
 def test_a_method_that_has_more_to_do_is_called_around_an_update() -> None:
+    """Before gradients are clipped, so that one taken away does not count; and after the weights have moved."""
     paced = Following()
-    taken = step(paced=paced)
-    paced.bias = taken.method.linear.bias
-    before = taken.method.linear.bias.detach().clone()
+    taken = step(clip_grad=1e-3, paced=paced)
+    linear = taken.method.linear
+    paced.bias, paced.weight = linear.bias, linear.weight
+    before = linear.bias.detach().clone(), linear.weight.detach().clone()
     taken.begin(4)
     taken.learn({"pixels": torch.randn(7, 5)})
-    taken.update(lr=0.1)
+    gradient = linear.weight.grad
+    assert gradient is not None
+    norm = float(gradient.norm()) * 7 / 21  # of the sum over 7 images, made that of the mean over 21 numbers
+    _, grad_norm = taken.update(lr=0.1)
+    assert float(grad_norm) == pytest.approx(norm, rel=1e-4)
     assert paced.calls == ["begin 4", "before", "after"]
-    assert torch.equal(taken.method.linear.bias, before)
+    assert torch.equal(linear.bias, before[0])
+    assert torch.equal(paced.seen[0], before[1]) and torch.equal(paced.seen[1], linear.weight)
+    assert not torch.equal(linear.weight, before[1])
     assert taken.numbers == {"number": torch.tensor(2.0)}
 
 

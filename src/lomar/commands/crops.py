@@ -12,6 +12,7 @@ from lomar.data.multicrop import MultiCropPlan
 from lomar.data.sources import ImageSource
 from lomar.errors import BadImageError
 from lomar.figures.crops import Crops, crops_figure
+from lomar.methods.recipes import RECIPES
 from lomar.methods.two_view import TwoView
 from lomar.options import PretrainOptions
 from lomar.seeding import seeded
@@ -19,16 +20,11 @@ from lomar.seeding import seeded
 
 def crops_of(options: PretrainOptions) -> MultiCropPlan:
     """How images are cropped, of a method that compares views."""
-    small = {
-        name: value
-        for name, value in (
-            ("local_crops", options.local_crops),
-            ("local_px", options.local_size),
-            ("local_scale", options.local_scale),
-        )
-        if value is not None
-    }
-    return MultiCropPlan(options.image_size, options.crop_scale, **small)  # type: ignore[arg-type]
+    bilinear = RECIPES[options.method].objective == "mocov3"
+    if not (options.local_crops and options.local_size and options.local_scale):
+        return MultiCropPlan(options.image_size, options.crop_scale, bilinear=bilinear)
+    small = options.local_crops, options.local_size, options.local_scale
+    return MultiCropPlan(options.image_size, options.crop_scale, *small, bilinear)
 
 
 def picture_of_crops(

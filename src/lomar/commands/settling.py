@@ -251,7 +251,10 @@ def settle_again(asked: Mapping[str, Any], run: Path) -> Settled:
     options = PretrainOptions(**values)
     if options.model == "auto":
         raise UserError(f"{run / CONFIG_FILE} is not what a run writes: it must settle model")
-    _recipe(options.method)
+    recipe = _recipe(options.method)
+    for name in sorted(recipe.lacks):
+        if values.get(name) is not None:
+            raise UserError(f"{run / CONFIG_FILE} gives {name}, a part that {options.method} does not have")
     if options.target is not None:
         _check_target(options.target)
     tokenizer = load_tokenizer(run / TOKENIZER_FILE) if options.target == "tokens" else None
@@ -324,6 +327,10 @@ def check_fit(values: Mapping[str, Any], tokenizer: DiscreteVAE | None) -> None:
     if low > high:
         raise UserError(f"--crop-scale is {low} {high}; the smaller share comes first")
     check_processes(values["batch_size"], values.get("strategy", "ddp"))
+    if values.get("strategy") == "fsdp" and values.get("clip_by") == "tensor":
+        raise UserError(
+            "--clip-by is tensor, which --strategy fsdp does not go with: tensors are spread; it can be all"
+        )
 
 
 def _check_masks(values: Mapping[str, Any], grid: int, tokenizer: DiscreteVAE | None) -> None:

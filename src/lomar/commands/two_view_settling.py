@@ -62,7 +62,11 @@ def fitted_views(objective: str, values: Mapping[str, Any], wanted: Collection[s
     steps = max(1.0, epochs * count / values["batch_size"])
     base = BASE_MOMENTUM[objective]
     momentum = round(min(base, max(0.5, 1 - FOLLOWED / steps)), 4)
-    reason = "the paper's" if momentum == base else f"{steps:.0f} steps; the paper's {base} is for long runs"
+    reason = (
+        "the paper's"
+        if momentum == base
+        else f"{steps:.0f} step{'s' * (steps >= 1.5)}; the paper's {base} is for long runs"
+    )
     choices["momentum"] = Choice(momentum, reason)
     if objective == "dino":
         choices["teacher_temperature_epochs"] = Choice(round(WARMING_SHARE * epochs, 4), "a tenth of the run")

@@ -30,6 +30,7 @@ class MultiCropPlan:
         local_crops: how many small ones.
         local_px: side of those.
         local_scale: as `scale`, of those.
+        bilinear: whether they are resized with the bilinear filter, as MoCo v3's are, and not with the bicubic one.
 
     Source: SwAV's multi-crop, as DINO takes it; MoCo v3 has no small ones.
     """
@@ -39,6 +40,7 @@ class MultiCropPlan:
     local_crops: int = 0
     local_px: int = 0
     local_scale: Scale = (0.0, 0.0)
+    bilinear: bool = False
 
     def __call__(self, image: Image, fmt: PixelFormat, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The large crops (2, C, S, S) and the small ones (V - 2, C, s, s); the file is decoded once for all."""
@@ -59,7 +61,7 @@ class MultiCropPlan:
         crops = np.empty((count, fmt.channels, side_px, side_px), dtype=fmt.dtype)
         for place in crops:
             box = random_resized_crop(image.height, image.width, scale, generator=generator)
-            crop = image.crop(box, (side_px, side_px), fmt)
+            crop = image.crop(box, (side_px, side_px), fmt, bilinear=self.bilinear)
             place[...] = crop[:, :, ::-1] if torch.rand(1, generator=generator).item() < 0.5 else crop
         return crops
 

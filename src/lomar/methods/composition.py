@@ -268,7 +268,7 @@ class TwoViewComposition(EncoderComposition):
         """The method with fresh weights."""
         common: dict[str, Any] = {
             "encoder": self.encoder(),
-            "calm": self._encoder_of(**self._kind(), drop_path_rate=0.0),
+            "teacher_encoder": self._encoder_of(**self._kind(), drop_path_rate=0.0),
             "distortions": self._distortions(),
             "mean": self.mean,
             "std": self.std,

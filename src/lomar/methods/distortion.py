@@ -138,12 +138,14 @@ def blurred(crops: Tensor, sigma: Tensor) -> Tensor:
         sigma: (N,), in pixels, above 0.
     """
     count, channels, height, width = crops.shape
-    # Three deviations: of what is further away less than a hundredth of the weight. One kernel side for all.
-    reach = min(max(1, int(3 * float(sigma.max()) + 0.5)), min(height, width) - 1)
-    if reach < 1:
+    # Three deviations of its own: of what is further away less than a hundredth of the weight. Pixels of other crops
+    # must not decide for this one, so that what one kernel's side has room for beyond that is zero.
+    reaches = (3 * sigma + 0.5).int().clamp(1, max(1, min(height, width) - 1))
+    reach = int(reaches.max())
+    if min(height, width) < 2:
         return crops
     at = torch.arange(-reach, reach + 1, device=crops.device, dtype=crops.dtype)
-    weights = (-0.5 * (at / sigma[:, None].to(crops.dtype)).square()).exp()
+    weights = (-0.5 * (at / sigma[:, None].to(crops.dtype)).square()).exp() * (at.abs() <= reaches[:, None])
     weights = (weights / weights.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)  # (N * C, side)
     planes = nn.functional.pad(crops.reshape(1, count * channels, height, width), (reach,) * 4, mode="reflect")
     planes = nn.functional.conv2d(planes, weights[:, None, :, None], groups=count * channels)

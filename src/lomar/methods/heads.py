@@ -9,7 +9,7 @@ from lomar.methods.gathering import count_of_processes, summed
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation over the batches of all processes.
 
-    As torch's SyncBatchNorm, which is for GPUs alone; processes may have unlike batches.
+    As torch's SyncBatchNorm, which is for GPUs alone.
     """
 
     def forward(self, x: Tensor) -> Tensor:

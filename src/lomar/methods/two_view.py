@@ -23,8 +23,9 @@ from lomar.seeding import seeded
 
 LARGE_CROPS = 2  # of an image
 CENTRE_MOMENTUM = 0.9
-# Of features and outputs, below which all images look alike; a healthy run may begin so, and leaves it soon.
-LEAST_DEVIATION, LEAST_ENTROPY, COLLAPSED_STEPS = 0.05, 0.01, 50
+# Of features, below which all images look alike; a healthy run may begin so, and leaves it soon.
+LEAST_DEVIATION, COLLAPSED_STEPS = 0.05, 50
+LEAST_ENTROPY = 0.01  # of DINO's outputs, from nothing or from that of equal shares, in nats
 BOTTLENECK = 256  # width of what DINO compares with its prototypes
 
 
@@ -162,7 +163,7 @@ class TwoView(nn.Module):
         self.at_once = 0  # images that go through the encoder at a time; 0 is all
         self.step, self.total_steps, self.steps_per_epoch = 0, 1, 1.0
         self._numbers: Numbers | None = None
-        self._collapsed_steps = 0
+        self._alike_steps, self._watched_step = 0, -1.0
 
     @property
     def encoder(self) -> Encoder:
@@ -189,15 +190,21 @@ class TwoView(nn.Module):
     def trouble(self, numbers: Mapping[str, float]) -> str:
         """What is wrong, if the numbers of the last steps tell of a collapse; "" if not."""
         deviation, entropy = numbers["feature_deviation"], numbers["output_entropy"]
-        alike = deviation < LEAST_DEVIATION or entropy < LEAST_ENTROPY
-        self._collapsed_steps = self._collapsed_steps + 1 if alike else 0
-        if self._collapsed_steps < COLLAPSED_STEPS or numbers["step"] < self.steps_per_epoch:
+        goes_on = numbers["step"] == self._watched_step + 1
+        alike = deviation < LEAST_DEVIATION or self.is_empty(entropy)
+        self._alike_steps = (self._alike_steps * goes_on + 1) if alike else 0
+        self._watched_step = numbers["step"]
+        if self._alike_steps < COLLAPSED_STEPS or numbers["step"] < self.steps_per_epoch:
             return ""
         return (
-            f"for {self._collapsed_steps} steps all images have looked nearly alike (deviation of features "
+            f"for {self._alike_steps} steps all images have looked nearly alike (deviation of features "
             f"{deviation:.3f} of 1, entropy of outputs {entropy:.3f}): the method has collapsed; "
             "take a lower --base-lr, or a larger --batch-size"
         )
+
+    def is_empty(self, entropy: float) -> bool:
+        """Whether outputs of this entropy, in nats, are the same for all images."""
+        return False
 
     def draw(self, seed: int) -> CropChanges:
         """What the loader calls for each sample."""
@@ -231,13 +238,13 @@ class TwoView(nn.Module):
         for tower in (self.student, self.teacher):
             tower.features = torch.compile(tower.features, *args, **kwargs)  # type: ignore[method-assign]
 
-    def note(self, features: Tensor, entropy: Tensor) -> None:
+    def accumulate(self, features: Tensor, entropy: Tensor) -> None:
         """Remember what tells a collapse, over the micro-batches of a step."""
         found = Numbers.of(features, entropy)
         self._numbers = found if self._numbers is None else Numbers(*map(torch.add, self._numbers, found))
 
     @torch.no_grad()
-    def follow(self, momentum: float) -> None:
+    def ema_update(self, momentum: float) -> None:
         """The teacher's weights, a step nearer to the student's; buffers are its own."""
         theirs = [tensor.detach() for tensor in self.student.parameters()]
         torch._foreach_lerp_(list(self.teacher.parameters()), theirs, 1 - momentum)
@@ -255,7 +262,7 @@ class DINO(TwoView):
 
     Args:
         encoder: the student's; cls token pooled.
-        calm: the teacher's encoder, without drop path; its weights become the student's.
+        teacher_encoder: without drop path; its weights become the student's.
         distortions, mean, std, scale, momentum: as for `TwoView`.
         hidden, prototypes: of the heads.
         temperature: of the student's softmax.
@@ -271,7 +278,7 @@ class DINO(TwoView):
     def __init__(
         self,
         encoder: Encoder,
-        calm: Encoder,
+        teacher_encoder: Encoder,
         distortions: tuple[Distortion, ...],
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -285,9 +292,9 @@ class DINO(TwoView):
         frozen_epochs: float,
     ) -> None:
         head = PrototypeHead(encoder.embed_dim, hidden, BOTTLENECK, prototypes)
-        calm.load_state_dict(encoder.state_dict())
+        teacher_encoder.load_state_dict(encoder.state_dict())
         super().__init__(
-            Tower(encoder, head), Tower(calm, copy.deepcopy(head)), distortions, mean, std, scale, momentum
+            Tower(encoder, head), Tower(teacher_encoder, copy.deepcopy(head)), distortions, mean, std, scale, momentum
         )
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
@@ -326,7 +333,7 @@ class DINO(TwoView):
         losses, entropy = self.loss(raw.unflatten(0, (count, -1)), student)
         self._outputs = raw.sum(dim=0, keepdim=True) + (0 if self._outputs is None else self._outputs)
         self._rows += len(raw)
-        self.note(features, entropy)
+        self.accumulate(features, entropy)
         return losses.sum(), count
 
     def loss(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,6 +353,10 @@ class DINO(TwoView):
         others = LARGE_CROPS * (student.shape[1] - 1)
         return (pairs.sum(dim=(1, 2)) - itself) / others, -(targets.exp() * targets).sum(dim=-1)
 
+    def is_empty(self, entropy: float) -> bool:
+        """One prototype for all images, or all prototypes alike: DINO's two ways to collapse."""
+        return entropy < LEAST_ENTROPY or entropy > math.log(self.centre.shape[1]) - LEAST_ENTROPY
+
     @property
     def sharpness(self) -> float:
         """The teacher's temperature in this step."""
@@ -360,7 +371,7 @@ class DINO(TwoView):
 
     def after_update(self) -> dict[str, Tensor]:
         """The teacher follows, and so does the centre the mean of its outputs."""
-        self.follow(self.momentum_at(self.step))
+        self.ema_update(self.momentum_at(self.step))
         assert self._outputs is not None
         rows = summed(torch.full((1, 1), self._rows, dtype=torch.float32, device=self.centre.device))
         self.centre.lerp_(summed(self._outputs) / rows, 1 - CENTRE_MOMENTUM)
@@ -377,6 +388,7 @@ class MoCoV3(TwoView):
 
     Args:
         encoder: cls token pooled.
+        teacher_encoder: the momentum encoder; its weights become the same.
         distortions, mean, std, scale, momentum: as for `TwoView`.
         hidden, outputs: of projectors and predictor.
         temperature: of the softmax over the keys.
@@ -389,7 +401,7 @@ class MoCoV3(TwoView):
     def __init__(
         self,
         encoder: Encoder,
-        calm: Encoder,
+        teacher_encoder: Encoder,
         distortions: tuple[Distortion, ...],
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -400,9 +412,15 @@ class MoCoV3(TwoView):
         temperature: float,
     ) -> None:
         projector = batch_normed_mlp(encoder.embed_dim, hidden, outputs, layers=3)
-        calm.load_state_dict(encoder.state_dict())
+        teacher_encoder.load_state_dict(encoder.state_dict())
         super().__init__(
-            Tower(encoder, projector), Tower(calm, copy.deepcopy(projector)), distortions, mean, std, scale, momentum
+            Tower(encoder, projector),
+            Tower(teacher_encoder, copy.deepcopy(projector)),
+            distortions,
+            mean,
+            std,
+            scale,
+            momentum,
         )
         self.predictor = batch_normed_mlp(outputs, hidden, outputs, layers=2)
         self.temperature = temperature
@@ -410,7 +428,7 @@ class MoCoV3(TwoView):
     def begin(self, step: int) -> None:
         """The momentum encoder follows before it makes keys."""
         super().begin(step)
-        self.follow(self.momentum_at(step))
+        self.ema_update(self.momentum_at(step))
 
     def forward(self, crops: Tensor, distortions: Tensor, paths: Tensor | None = None) -> tuple[Tensor, int]:
         """Sum of the images' losses, and how many they are.
@@ -421,8 +439,10 @@ class MoCoV3(TwoView):
             paths: (B, 2, depth, 2) uniform numbers that decide for drop path.
         """
         count = len(crops)
-        images = self.seen(crops, distortions)
-        at_once = LARGE_CROPS * (self.at_once or count)
+        of_images = self.at_once or count
+        pieces = zip(crops.split(of_images), distortions.split(of_images), strict=True)
+        images = torch.cat([self.seen(*piece) for piece in pieces])
+        at_once = LARGE_CROPS * of_images
         features = self.student.features_in_pieces(images, _of(paths, 0, None), at_once)
         with torch.no_grad():
             followed = torch.cat([self.teacher.features(piece) for piece in images.split(at_once)])
@@ -435,7 +455,7 @@ class MoCoV3(TwoView):
             loss, entropy = self.loss(query.float(), key.float())
             losses.append(loss)
             entropies.append(entropy)
-        self.note(features, torch.cat(entropies))
+        self.accumulate(features, torch.cat(entropies))
         return torch.cat(losses).sum(), count
 
     def loss(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 from shlex import quote
 from statistics import fmean, median
 
@@ -29,8 +30,8 @@ LABEL_FREE = ("pretrain", "tokenizer train")
 SPIKE, NEIGHBOURS = 1.5, 25
 # Loss: fallen by less than this, the model predicts little more than the mean, which it does after a few steps.
 FLAT_LOSS, FLAT_STEPS = 0.02, 200
-# Methods that compare views, over the last share of the steps: below either, all images look alike. A run
-# itself stops there; healthy short ones had deviations of 0.45 to 0.65 (of 1) and 2 to 5.5 nats.
+# Methods that compare views, over the last share of the steps: below such a deviation of features, or where DINO's
+# outputs are one prototype or all alike, images are no longer told apart. Healthy runs had deviations of 0.2 to 0.65.
 LEAST_DEVIATION, LEAST_ENTROPY, LATELY = 0.05, 0.01, 0.1
 # Gradient norm: clipped at nearly every step, --clip-grad and not the schedule decides how far a step goes.
 CLIPPED = 0.9
@@ -174,7 +175,9 @@ def collapsed(run: RunRecord) -> list[Hint]:
     if len(rows) < LEAST_STEPS or (is_number(rows[-1].get("epoch")) and rows[-1]["epoch"] < 1):  # runs may begin so
         return []
     deviation, entropy = (median(row[key] for row in rows) for key in ("feature_deviation", "output_entropy"))
-    if deviation >= LEAST_DEVIATION and entropy >= LEAST_ENTROPY:
+    prototypes = run.option("head_outputs", int) if run.option("teacher_temperature", list) else None  # DINO's
+    empty = prototypes is not None and not LEAST_ENTROPY <= entropy <= log(prototypes) - LEAST_ENTROPY
+    if deviation >= LEAST_DEVIATION and not empty:
         return []
     text = (
         f"All images look nearly alike to the encoder: over the last {len(rows)} steps features deviate by "

@@ -13,7 +13,7 @@ from torch import nn
 def decay_groups(
     model: nn.Module, weight_decay: float, spared: Collection[str] = (), all_of_it: bool = False
 ) -> list[dict[str, object]]:
-    """Parameter groups: what is decayed and what is not.
+    """Parameter groups: what is decayed and what is not, which stands as "decayed" beside them.
 
     Biases and parameters of one dimension are not decayed; cls token, mask token and position tables are.
 
@@ -33,8 +33,8 @@ def decay_groups(
 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for name, p in named if plain(name, p)], "weight_decay": 0.0},
-        {"params": [p for name, p in named if not plain(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if plain(name, p)], "weight_decay": 0.0, "decayed": False},
+        {"params": [p for name, p in named if not plain(name, p)], "weight_decay": weight_decay, "decayed": True},
     ]
 
 

@@ -116,7 +116,7 @@ class Step:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-            if weight_decay is not None and group["weight_decay"]:
+            if weight_decay is not None and group["decayed"]:
                 group["weight_decay"] = weight_decay
         summed = self.fabric.all_reduce(torch.stack([self._loss_sum, self._counted]), reduce_op="sum")
         loss_sum, counted = cast(Tensor, summed)
