@@ -20,7 +20,10 @@ HEADS = {"dino": (2048, 65_536), "mocov3": (4096, 256)}
 BASE_MOMENTUM = {"dino": 0.996, "mocov3": 0.99}
 # A teacher that lags by more than a tenth of the run holds it up: 1 - momentum is at least this many over the steps.
 FOLLOWED = 10
-WARMING_SHARE, FROZEN_SHARE = 0.1, 0.01  # of the run: DINO's 30 of 300 epochs, 1 of 100
+# Of the run: learning rate, DINO's 10 of 100 epochs and MoCo v3's 40 of 300; DINO's temperature, 30 of 300; frozen, 1
+# of 100.
+WARMUP_SHARE = {"dino": (0.1, "DINO's 10 of 100 epochs"), "mocov3": (40 / 300, "MoCo v3's 40 of 300 epochs")}
+WARMING_SHARE, FROZEN_SHARE = 0.1, 0.01
 
 
 def fitted_sizes(objective: str, values: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Choice]:
@@ -68,6 +71,8 @@ def fitted_views(objective: str, values: Mapping[str, Any], wanted: Collection[s
         else f"{steps:.0f} step{'s' * (steps >= 1.5)}; the paper's {base} is for long runs"
     )
     choices["momentum"] = Choice(momentum, reason)
+    share, whose = WARMUP_SHARE[objective]
+    choices["warmup_epochs"] = Choice(round(share * epochs, 6), whose)
     if objective == "dino":
         choices["teacher_temperature_epochs"] = Choice(round(WARMING_SHARE * epochs, 4), "a tenth of the run")
         frozen = min(1.0, FROZEN_SHARE * epochs)
