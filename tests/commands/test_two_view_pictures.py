@@ -71,12 +71,12 @@ def test_crops_drawn_are_what_the_encoder_gets_in_the_first_epoch(runs: dict[str
         return draw(key) | {"index": torch.tensor(key.index)}
 
     stream = {"batch_size": 4, "micro_batch": 4, "first_batch": 0, "total_batches": 1, "workers": 0}
-    (batch,) = multicrop_batches(source, fmt, keyed, plan=crops_of(options), seed=options.seed, **stream)
+    (batch,) = multicrop_batches(source, fmt, keyed, plan=crops_of(method, options), seed=options.seed, **stream)
     inputs = batch.inputs
     large = method.seen(inputs["crops"], inputs["distortions"][:, :2]).unflatten(0, (4, 2))
     small = method.seen(inputs["local_crops"], inputs["distortions"][:, 2:]).unflatten(0, (4, 3))
     for place, index in enumerate(inputs["index"].tolist()):
-        found = seen_crops(method, crops_of(options), source, fmt, SampleKey(0, index, 0, 0), options.seed)
+        found = seen_crops(method, crops_of(method, options), source, fmt, SampleKey(0, index, 0, 0), options.seed)
         assert found.original.shape == (3, 32, 32)
         for drawn, seen in ((found.large, large), (found.small, small)):
             back = (torch.from_numpy(drawn) / 255 - method.mean) / method.std

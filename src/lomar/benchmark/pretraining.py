@@ -184,10 +184,8 @@ def _real(
         "world_size": fabric.world_size,
         "pin_memory": place.device.type == "cuda",
     }
-    if isinstance(c, TwoViewComposition):
-        crops = MultiCropPlan(
-            c.image_size, c.crop_scale, c.local_crops, c.local_size, c.local_scale, c.objective == "mocov3"
-        )
+    if isinstance(c, TwoViewComposition) and isinstance(method, TwoView):
+        crops = MultiCropPlan(c.image_size, c.crop_scale, c.local_crops, c.local_size, c.local_scale, method.bilinear)
         batches = multicrop_batches(source, fmt, draw, plan=crops, **stream)
     else:
         plan = CropPlan(c.image_size, tuple(crop_scale), color_jitter, tokenised_px(c))  # type: ignore[arg-type]

@@ -12,19 +12,17 @@ from lomar.data.multicrop import MultiCropPlan
 from lomar.data.sources import ImageSource
 from lomar.errors import BadImageError
 from lomar.figures.crops import Crops, crops_figure
-from lomar.methods.recipes import RECIPES
 from lomar.methods.two_view import TwoView
 from lomar.options import PretrainOptions
 from lomar.seeding import seeded
 
 
-def crops_of(options: PretrainOptions) -> MultiCropPlan:
-    """How images are cropped, of a method that compares views."""
-    bilinear = RECIPES[options.method].objective == "mocov3"
+def crops_of(method: TwoView, options: PretrainOptions) -> MultiCropPlan:
+    """How a run crops images."""
     if not (options.local_crops and options.local_size and options.local_scale):
-        return MultiCropPlan(options.image_size, options.crop_scale, bilinear=bilinear)
+        return MultiCropPlan(options.image_size, options.crop_scale, bilinear=method.bilinear)
     small = options.local_crops, options.local_size, options.local_scale
-    return MultiCropPlan(options.image_size, options.crop_scale, *small, bilinear)
+    return MultiCropPlan(options.image_size, options.crop_scale, *small, method.bilinear)
 
 
 def picture_of_crops(
@@ -42,7 +40,9 @@ def picture_of_crops(
     found = []
     for index in indices:
         try:
-            found.append(seen_crops(method, crops_of(options), source, fmt, SampleKey(0, index, 0, 0), options.seed))
+            found.append(
+                seen_crops(method, crops_of(method, options), source, fmt, SampleKey(0, index, 0, 0), options.seed)
+            )
         except (BadImageError, OSError):
             continue
     return crops_figure(found, _caption(options)) if found else None

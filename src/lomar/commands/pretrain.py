@@ -128,7 +128,7 @@ def _train(
             "shuffle_gb": options.shuffle_gb,
         }
         if isinstance(method, TwoView):
-            return multicrop_batches(source, fmt, draw, plan=crops_of(options), **stream)
+            return multicrop_batches(source, fmt, draw, plan=crops_of(method, options), **stream)
         plan = CropPlan(options.image_size, options.crop_scale, options.color_jitter, settled.tokenised_px)
         return pretraining_batches(
             source, fmt, draw, plan=plan, patch_size_px=options.patch_size, view_size=method.views.size, **stream

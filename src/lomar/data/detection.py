@@ -11,7 +11,6 @@ import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +19,10 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lomar.data.ahead import fetched_ahead
 from lomar.data.coco import CocoImages
 from lomar.data.decode import Image, PixelFormat, Size, read_image
-from lomar.data.loader import MicroBatch, SampleKey, first_readable, micro_batch_keys, share_of_batch, stream
-from lomar.data.order import Order, order_of
+from lomar.data.loader import MicroBatch, SampleKey, batches_of, first_readable
+from lomar.data.order import Order
 from lomar.data.sources import ImageSource
 from lomar.data.workers import loaded
 from lomar.errors import BadImageError
@@ -397,7 +395,7 @@ def detection_batches(
         jitter: what is done to them.
         depth: blocks that need numbers for drop path.
         seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory: as for
-            `lomar.data.loader.pretraining_batches`.
+            `lomar.data.loader.batches_of`.
         with_masks: whether masks are drawn.
 
     Raises:
@@ -406,12 +404,19 @@ def detection_batches(
     """
     if with_masks and not images.has_masks:
         raise ValueError(f"masks are asked for, but {images.path} has none")
-    share = share_of_batch(batch_size, rank, world_size)
-    order = order_of(images.source, seed, batch_size)
-    jittered = _Jittered(images, order, fmt, jitter, depth, seed, with_masks, last_slot=share.stop - 1)
-    batches = islice(stream(order, batch_size, first_batch), total_batches - first_batch)
-    keys = micro_batch_keys(batches, share, micro_batch)
-    return loaded(fetched_ahead(jittered, order, share), keys, workers, pin_memory)
+    return batches_of(
+        images.source,
+        lambda order, last: _Jittered(images, order, fmt, jitter, depth, seed, with_masks, last),
+        seed=seed,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        first_batch=first_batch,
+        total_batches=total_batches,
+        workers=workers,
+        rank=rank,
+        world_size=world_size,
+        pin_memory=pin_memory,
+    )
 
 
 class WholeImages(NamedTuple):

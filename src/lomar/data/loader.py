@@ -274,6 +274,7 @@ def batches_of(
     world_size: int = 1,
     pin_memory: bool = False,
     shuffle_gb: float = POOLED_GB,
+    repeats: int = 1,
 ) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of global batches first_batch up to total_batches, in order.
 
@@ -291,13 +292,14 @@ def batches_of(
         world_size: count of processes.
         pin_memory: whether to hand out page-locked memory, for copies to a GPU.
         shuffle_gb: GiB of shards at an address that images are drawn from at a time, in all processes together.
+        repeats: how often two images come before others do.
 
     Raises:
         UserError: one bad file after another.
         ValueError: fewer samples in a batch than processes.
     """
     share = share_of_batch(batch_size, rank, world_size)
-    order = order_of(source, seed, batch_size, shuffle_gb)
+    order = order_of(source, seed, batch_size, shuffle_gb, repeats)
     batches = islice(stream(order, batch_size, first_batch), total_batches - first_batch)
     keys = micro_batch_keys(batches, share, micro_batch)
     return loaded(fetched_ahead(dataset(order, share.stop - 1), order, share), keys, workers, pin_memory)

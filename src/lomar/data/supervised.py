@@ -7,7 +7,6 @@ depends on (seed, epoch, image) or, of mixing, on (seed, batch) alone.
 import re
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -18,21 +17,12 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lomar.data.ahead import fetched_ahead
 from lomar.data.augment import LUMA, ColorJitter, clamped_crop, random_resized_crop
 from lomar.data.decode import Image as DecodedImage
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import Labelled
-from lomar.data.loader import (
-    MicroBatch,
-    SampleKey,
-    micro_batch_keys,
-    readable_sample,
-    share_of_batch,
-    stream,
-)
-from lomar.data.order import POOLED_GB, Order, order_of
-from lomar.data.workers import loaded
+from lomar.data.loader import MicroBatch, SampleKey, batches_of, readable_sample, share_of_batch
+from lomar.data.order import POOLED_GB, Order
 from lomar.seeding import globally_seeded, seeded
 
 NO_POLICY = "none"
@@ -222,7 +212,7 @@ def training_batches(
         normalise: pixels (C, H, W) -> a model's input; must be picklable.
         depth: blocks that need numbers for drop path.
         seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory, shuffle_gb: as
-            for `lomar.data.loader.pretraining_batches`; batch, share of a process and micro-batch even where images are
+            for `lomar.data.loader.batches_of`; batch, share of a process and micro-batch even where images are
             mixed.
         repeats: how often two images come, each time augmented anew, before others do (repeated augmentation).
 
@@ -233,8 +223,18 @@ def training_batches(
     share = share_of_batch(batch_size, rank, world_size)
     if augmentation.mixes and (share.start % 2 or share.stop % 2 or micro_batch % 2):
         raise ValueError("images are mixed two and two: batch, shares of it and micro-batches must be even")
-    order = order_of(labelled.source, seed, batch_size, shuffle_gb, repeats)
-    images = _Augmented(labelled, order, fmt, augmentation, normalise, depth, seed, last_slot=share.stop - 1)
-    batches = islice(stream(order, batch_size, first_batch), total_batches - first_batch)
-    keys = micro_batch_keys(batches, share, micro_batch)
-    return loaded(fetched_ahead(images, order, share), keys, workers, pin_memory)
+    return batches_of(
+        labelled.source,
+        lambda order, last: _Augmented(labelled, order, fmt, augmentation, normalise, depth, seed, last),
+        seed=seed,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        first_batch=first_batch,
+        total_batches=total_batches,
+        workers=workers,
+        rank=rank,
+        world_size=world_size,
+        pin_memory=pin_memory,
+        shuffle_gb=shuffle_gb,
+        repeats=repeats,
+    )

@@ -36,21 +36,21 @@ def initialise(method: MaskedReconstruction | TwoView, path: str | Path) -> list
     source, mean, std = load_most(path)
     theirs, encoder = _parts(source)
     _check_encoder(path, encoder, method.encoder)
+    filled: list[nn.Module]
+    taken: nn.Module
     if isinstance(method, TwoView):
+        filled, taken, beginning = [method.student.encoder, method.teacher.encoder], encoder, ""
         resized = match_grids(encoder, method.encoder)
-        given = encoder.state_dict()
-        own = method.encoder.state_dict()
-        fitting = {name for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
-        for tower in (method.student, method.teacher):
-            tower.encoder.load_state_dict({name: given[name] for name in fitting}, strict=False)
     else:
+        filled, taken, beginning = [method], source, "architecture.encoder." if theirs is encoder else ""
         resized = match_grids(theirs, method.encoder if theirs is encoder else method.architecture)
-        given = {("architecture.encoder." if theirs is encoder else "") + n: t for n, t in source.state_dict().items()}
-        own = method.state_dict()
-        fitting = {name for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
-        if not _same_decoder(theirs, method.architecture):
-            fitting = {name for name in fitting if not name.startswith("architecture.decoder")}
-        method.load_state_dict({name: given[name] for name in fitting}, strict=False)
+    given = {beginning + name: tensor for name, tensor in taken.state_dict().items()}
+    own = filled[0].state_dict()
+    fitting = {name for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
+    if isinstance(method, MaskedReconstruction) and not _same_decoder(theirs, method.architecture):
+        fitting = {name for name in fitting if not name.startswith("architecture.decoder")}
+    for module in filled:
+        module.load_state_dict({name: given[name] for name in fitting}, strict=False)
     lines = [f"--init {path}: {len(fitting)} of {len(given)} tensors taken"]
     for what, names in {
         "resized to this grid": resized,

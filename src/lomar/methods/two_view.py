@@ -115,11 +115,12 @@ class Numbers(NamedTuple):
     def report(self) -> dict[str, Tensor]:
         """`feature_deviation`: 0 where all images have one feature, 1 where each channel varies as much as it can;
         `output_entropy`, the mean."""
-        rows, total, squares, entropy = (summed(each) for each in self)
+        parts = [each.flatten() for each in self]
+        rows, total, squares, entropy = summed(torch.cat(parts)).split([len(part) for part in parts])
         variance = (squares / rows - (total / rows).square()).clamp(min=0)
         return {
             "feature_deviation": variance.sqrt().mean() * math.sqrt(len(total)),
-            "output_entropy": entropy / rows,
+            "output_entropy": (entropy / rows).squeeze(),
         }
 
 
@@ -130,8 +131,10 @@ class TwoView(nn.Module):
     update, `after_update`.
 
     Args:
-        student: learns.
-        teacher: follows; not trained.
+        encoder: of the student, which learns; cls token pooled.
+        teacher_encoder: of the teacher, which follows and is not trained; without drop path. Its weights become the
+            student's.
+        head: (B, D) -> (B, K), what stands behind the student's encoder; the teacher gets a copy.
         distortions: of each crop, large ones first.
         mean, std: per channel, in units of 0 to 1.
         scale: pixel value that stands for 1; 1 of float images, which have no white.
@@ -141,11 +144,13 @@ class TwoView(nn.Module):
     mean: Tensor
     std: Tensor
     whole_share = False  # whether a process's share of a batch must come as one micro-batch
+    bilinear = False  # whether crops are resized with the bilinear filter, and not with the bicubic one
 
     def __init__(
         self,
-        student: Tower,
-        teacher: Tower,
+        encoder: Encoder,
+        teacher_encoder: Encoder,
+        head: nn.Module,
         distortions: tuple[Distortion, ...],
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -153,8 +158,9 @@ class TwoView(nn.Module):
         momentum: float,
     ) -> None:
         super().__init__()
-        self.student = student
-        self.teacher = teacher.requires_grad_(False)
+        teacher_encoder.load_state_dict(encoder.state_dict())
+        self.student = Tower(encoder, head)
+        self.teacher = Tower(teacher_encoder, copy.deepcopy(head)).requires_grad_(False)
         self.distortions = distortions
         self.scale = scale
         self.momentum = momentum
@@ -261,9 +267,7 @@ class DINO(TwoView):
     The teacher is what a run gives away.
 
     Args:
-        encoder: the student's; cls token pooled.
-        teacher_encoder: without drop path; its weights become the student's.
-        distortions, mean, std, scale, momentum: as for `TwoView`.
+        encoder, teacher_encoder, distortions, mean, std, scale, momentum: as for `TwoView`.
         hidden, prototypes: of the heads.
         temperature: of the student's softmax.
         teacher_temperature: of the teacher's, at the beginning and at the end of its warm-up.
@@ -292,10 +296,7 @@ class DINO(TwoView):
         frozen_epochs: float,
     ) -> None:
         head = PrototypeHead(encoder.embed_dim, hidden, BOTTLENECK, prototypes)
-        teacher_encoder.load_state_dict(encoder.state_dict())
-        super().__init__(
-            Tower(encoder, head), Tower(teacher_encoder, copy.deepcopy(head)), distortions, mean, std, scale, momentum
-        )
+        super().__init__(encoder, teacher_encoder, head, distortions, mean, std, scale, momentum)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.temperature_epochs = temperature_epochs
@@ -387,9 +388,8 @@ class MoCoV3(TwoView):
     so that a process gets its share whole; what goes through the encoder `at_once` bounds the memory.
 
     Args:
-        encoder: cls token pooled.
-        teacher_encoder: the momentum encoder; its weights become the same.
-        distortions, mean, std, scale, momentum: as for `TwoView`.
+        encoder, teacher_encoder, distortions, mean, std, scale, momentum: as for `TwoView`; the teacher is the momentum
+            encoder.
         hidden, outputs: of projectors and predictor.
         temperature: of the softmax over the keys.
 
@@ -397,6 +397,7 @@ class MoCoV3(TwoView):
     """
 
     whole_share = True
+    bilinear = True
 
     def __init__(
         self,
@@ -412,16 +413,7 @@ class MoCoV3(TwoView):
         temperature: float,
     ) -> None:
         projector = batch_normed_mlp(encoder.embed_dim, hidden, outputs, layers=3)
-        teacher_encoder.load_state_dict(encoder.state_dict())
-        super().__init__(
-            Tower(encoder, projector),
-            Tower(teacher_encoder, copy.deepcopy(projector)),
-            distortions,
-            mean,
-            std,
-            scale,
-            momentum,
-        )
+        super().__init__(encoder, teacher_encoder, projector, distortions, mean, std, scale, momentum)
         self.predictor = batch_normed_mlp(outputs, hidden, outputs, layers=2)
         self.temperature = temperature
 

@@ -27,9 +27,8 @@ def decay_groups(
     """
 
     def plain(name: str, parameter: nn.Parameter) -> bool:
-        if all_of_it:
-            return False
-        return parameter.ndim <= 1 or name.endswith(".bias") or name.rsplit(".", 1)[-1] in spared
+        spares = parameter.ndim <= 1 or name.endswith(".bias") or name.rsplit(".", 1)[-1] in spared
+        return spares and not all_of_it
 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
