@@ -7,6 +7,7 @@ import torch
 from lightning_fabric import Fabric
 
 from lomar.benchmark.cells import Cell
+from lomar.training.precision import precision_on
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Place:
             accelerator=cell.device,
             devices=cell.processes,
             strategy="ddp" if cell.processes > 1 else "auto",
-            precision="bf16-mixed" if cell.precision == "bf16" else "32-true",
+            plugins=precision_on(cell.device, cell.precision),
         )
         fabric.launch()
         return cls(fabric, cell.compiled, cell.precision)

@@ -325,14 +325,14 @@ class DINO(TwoView):
         large = self.seen(crops, distortions[:, :LARGE_CROPS])
         with torch.no_grad():
             features = self.teacher.features(large)
-            raw = self.teacher.head(features).float()
+            raw = self.teacher.head(features)
         outputs = [self.student.head(self.student.features(large, _of(paths, 0, LARGE_CROPS)))]
         if local_crops is not None:
             small = self.seen(local_crops, distortions[:, LARGE_CROPS:])
             outputs.append(self.student.head(self.student.features(small, _of(paths, LARGE_CROPS, None))))
-        student = torch.cat([each.float().unflatten(0, (count, -1)) for each in outputs], dim=1)
+        student = torch.cat([each.unflatten(0, (count, -1)) for each in outputs], dim=1)
         losses, entropy = self.loss(raw.unflatten(0, (count, -1)), student)
-        self._outputs = raw.sum(dim=0, keepdim=True) + (0 if self._outputs is None else self._outputs)
+        self._outputs = raw.float().sum(dim=0, keepdim=True) + (0 if self._outputs is None else self._outputs)
         self._rows += len(raw)
         self.accumulate(features, entropy)
         return losses.sum(), count
@@ -347,9 +347,10 @@ class DINO(TwoView):
         Returns:
             (B,), and (B, 2) in nats.
         """
-        targets = ((teacher - self.centre) / self.sharpness).log_softmax(dim=-1)
-        predicted = (student / self.temperature).log_softmax(dim=-1)
-        pairs = -torch.einsum("bik,bvk->biv", targets.exp(), predicted)
+        targets = ((teacher.float() - self.centre) / self.sharpness).log_softmax(dim=-1)
+        predicted = (student.float() / self.temperature).log_softmax(dim=-1)
+        with torch.autocast(student.device.type, enabled=False):  # a loss is not rounded
+            pairs = -torch.einsum("bik,bvk->biv", targets.exp(), predicted)
         itself = pairs.diagonal(dim1=1, dim2=2).sum(dim=1)
         others = LARGE_CROPS * (student.shape[1] - 1)
         return (pairs.sum(dim=(1, 2)) - itself) / others, -(targets.exp() * targets).sum(dim=-1)
@@ -444,7 +445,7 @@ class MoCoV3(TwoView):
         with torch.no_grad():
             first_key, second_key = (self.teacher.head(each) for each in _views(followed, count))
         for query, key in ((first, second_key), (second, first_key)):
-            loss, entropy = self.loss(query.float(), key.float())
+            loss, entropy = self.loss(query, key)
             losses.append(loss)
             entropies.append(entropy)
         self.accumulate(features, torch.cat(entropies))
@@ -460,8 +461,9 @@ class MoCoV3(TwoView):
         Returns:
             (B,), and (B,) in nats.
         """
-        keys, first = rows_of_all(nn.functional.normalize(key))
-        logits = nn.functional.normalize(query) @ keys.T / self.temperature
+        keys, first = rows_of_all(nn.functional.normalize(key.float()))
+        with torch.autocast(query.device.type, enabled=False):  # a loss is not rounded
+            logits = nn.functional.normalize(query.float()) @ keys.T / self.temperature
         own = torch.arange(first, first + len(query), device=logits.device)
         loss = 2 * self.temperature * nn.functional.cross_entropy(logits, own, reduction="none")
         told = logits.detach().log_softmax(dim=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lomar.errors import TrainingError, UserError
 from lomar.launch import launched, tell_torch
+from lomar.training.precision import precision_on
 from lomar.training.sharding import shard
 
 T = TypeVar("T")
@@ -47,9 +48,11 @@ def make_fabric(device: str, precision: str, strategy: str = "ddp") -> Fabric:
         devices=launch.local_count,
         num_nodes=launch.machines,
         strategy=several,
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-        # Named, since Fabric takes any shell within a SLURM job for one of several processes, and waits for the others.
-        plugins=TorchElasticEnvironment() if launch.count > 1 else LightningEnvironment(),
+        plugins=[
+            precision_on(device, precision),
+            # Named, since Fabric takes any shell within a SLURM job for one of several processes, and waits for them.
+            TorchElasticEnvironment() if launch.count > 1 else LightningEnvironment(),
+        ],
     )
     try:
         fabric.launch()
