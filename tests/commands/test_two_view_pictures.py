@@ -15,7 +15,7 @@ from lomar.commands import attention, crops
 from lomar.commands.crops import crops_of, seen_crops
 from lomar.commands.runs import options_of
 from lomar.data.decode import PixelFormat
-from lomar.data.loader import SampleKey
+from lomar.data.loader import Batching, SampleKey
 from lomar.data.multicrop import multicrop_batches
 from lomar.data.opening import open_source
 from lomar.methods.recipes import RECIPES
@@ -70,8 +70,8 @@ def test_crops_drawn_are_what_the_encoder_gets_in_the_first_epoch(runs: dict[str
     def keyed(key: SampleKey) -> dict[str, torch.Tensor]:
         return draw(key) | {"index": torch.tensor(key.index)}
 
-    stream = {"batch_size": 4, "micro_batch": 4, "first_batch": 0, "total_batches": 1, "workers": 0}
-    (batch,) = multicrop_batches(source, fmt, keyed, plan=crops_of(method, options), seed=options.seed, **stream)
+    batching = Batching(options.seed, batch_size=4, micro_batch=4, total_batches=1)
+    (batch,) = multicrop_batches(source, fmt, keyed, plan=crops_of(method, options), batching=batching)
     inputs = batch.inputs
     large = method.seen(inputs["crops"], inputs["distortions"][:, :2]).unflatten(0, (4, 2))
     small = method.seen(inputs["local_crops"], inputs["distortions"][:, 2:]).unflatten(0, (4, 3))

@@ -29,7 +29,7 @@ from lomar.data.detection import (
     fitted,
     whole_images,
 )
-from lomar.data.loader import MicroBatch
+from lomar.data.loader import Batching, MicroBatch
 from lomar.data.opening import open_source
 from lomar.data.sources import ImageSource
 from lomar.errors import UserError
@@ -124,16 +124,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> CocoImages:
 
 
 def batches(images: CocoImages, jitter: Jitter = DETECTRON, fmt: PixelFormat = RGB8, **words: Any) -> list[MicroBatch]:
-    told = {
-        "depth": 0,
-        "seed": 5,
-        "batch_size": 6,
-        "micro_batch": 6,
-        "first_batch": 0,
-        "total_batches": 4,
-        "workers": 0,
-    }
-    return list(detection_batches(images, fmt, jitter, **(told | words)))
+    told = {name: words.pop(name) for name in ("depth", "with_masks") if name in words}
+    batching = Batching(**({"seed": 5, "batch_size": 6, "micro_batch": 6, "total_batches": 4} | words))
+    return list(detection_batches(images, fmt, jitter, **({"depth": 0} | told), batching=batching))
 
 
 def samples(found: list[MicroBatch]) -> list[dict[str, torch.Tensor]]:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from lomar.data import workers
 from lomar.data.decode import PixelFormat
-from lomar.data.loader import CropPlan, MicroBatch, SampleKey, pretraining_batches
+from lomar.data.loader import Batching, CropPlan, MicroBatch, SampleKey, pretraining_batches
 from lomar.data.opening import open_source
 from lomar.data.sources import ImageSource
 from lomar.data.survey import channel_statistics, survey
@@ -47,12 +47,9 @@ def batches(source: ImageSource, workers: int, first_batch: int = 0) -> Iterator
         plan=CropPlan(16, (0.2, 1.0)),
         patch_size_px=4,
         view_size=(2, 3),
-        seed=3,
-        batch_size=8,
-        micro_batch=2,
-        first_batch=first_batch,
-        total_batches=4,
-        workers=workers,
+        batching=Batching(
+            seed=3, batch_size=8, micro_batch=2, total_batches=4, first_batch=first_batch, workers=workers
+        ),
     )
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from lomar.data.decode import PixelFormat, read_image
 from lomar.data.loader import (
+    Batching,
     CropPlan,
     MicroBatch,
     SampleKey,
@@ -69,15 +70,11 @@ def batches(folder, fmt=RGB8, draw=None, **options):
         "plan": CropPlan(GRID * PATCH_PX, (0.2, 1.0)),
         "patch_size_px": PATCH_PX,
         "view_size": VIEW,
-        "seed": 5,
-        "batch_size": 7,
-        "micro_batch": 7,
-        "first_batch": 0,
-        "total_batches": 4,
-        "workers": 0,
     }
+    settings |= {name: options.pop(name) for name in settings if name in options}
+    batching = Batching(**({"seed": 5, "batch_size": 7, "micro_batch": 7, "total_batches": 4} | options))
     source = folder if isinstance(folder, ImageSource) else open_source(str(folder))
-    return list(pretraining_batches(source, fmt, draw or RandomWindows(), **{**settings, **options}))
+    return list(pretraining_batches(source, fmt, draw or RandomWindows(), batching=batching, **settings))
 
 
 def joined(parts):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lomar.data.augment import Box, random_resized_crop
 from lomar.data.decode import PixelFormat, read_image
-from lomar.data.loader import MicroBatch, SampleKey
+from lomar.data.loader import Batching, MicroBatch, SampleKey
 from lomar.data.multicrop import MultiCropPlan, multicrop_batches
 from lomar.data.opening import open_source
 from lomar.seeding import seeded
@@ -28,10 +28,9 @@ def nothing(key: SampleKey) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def read(photos: Path) -> Read:
     def batches(plan: MultiCropPlan = PLAN, **changes: int) -> list[MicroBatch]:
-        settings = {"batch_size": 4, "micro_batch": 4, "first_batch": 0, "total_batches": 3, "workers": 0} | changes
-        return list(
-            multicrop_batches(open_source(str(photos)), PixelFormat(3, "uint8"), nothing, plan=plan, seed=5, **settings)
-        )
+        batching = Batching(seed=5, **({"batch_size": 4, "micro_batch": 4, "total_batches": 3} | changes))
+        source = open_source(str(photos))
+        return list(multicrop_batches(source, PixelFormat(3, "uint8"), nothing, plan=plan, batching=batching))
 
     return batches
 
@@ -83,12 +82,7 @@ def test_a_damaged_file_is_replaced_and_told(photos: Path, tmp_path: Path) -> No
         PixelFormat(3, "uint8"),
         nothing,
         plan=PLAN,
-        seed=5,
-        batch_size=4,
-        micro_batch=4,
-        first_batch=0,
-        total_batches=1,
-        workers=0,
+        batching=Batching(seed=5, batch_size=4, micro_batch=4, total_batches=1),
     )
     (batch,) = list(batches)
     assert len(batch.bad) == 1 and batch.bad[0][0].endswith("0.png")

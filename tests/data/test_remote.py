@@ -31,7 +31,7 @@ from lomar.data import order as order_module
 from lomar.data.archives import RemoteTars
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import labelled_data
-from lomar.data.loader import CropPlan, MicroBatch, SampleKey, pretraining_batches
+from lomar.data.loader import Batching, CropPlan, MicroBatch, SampleKey, pretraining_batches
 from lomar.data.opening import folders_in, is_there, open_source
 from lomar.data.shard_writer import ShardWriter
 from lomar.data.sources import ImageSource, joined
@@ -731,11 +731,10 @@ class OneWindow:
 
 
 def batches(source: ImageSource, total: int = 12, **options: Any) -> list[MicroBatch]:
-    values: dict[str, Any] = {"first_batch": 0, "workers": 0, "micro_batch": 8} | options
+    batching = Batching(3, 4, **({"micro_batch": 8, "total_batches": total} | options))
     fmt, plan = PixelFormat(3, "uint8"), CropPlan(16, (0.2, 1.0))
-    shape: dict[str, Any] = {"plan": plan, "patch_size_px": 4, "view_size": (2, 3)}
     return list(
-        pretraining_batches(source, fmt, OneWindow(), **shape, seed=3, batch_size=4, total_batches=total, **values)
+        pretraining_batches(source, fmt, OneWindow(), plan=plan, patch_size_px=4, view_size=(2, 3), batching=batching)
     )
 
 

@@ -13,7 +13,7 @@ from timm.data.auto_augment import RandAugment
 
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import Labelled
-from lomar.data.loader import MicroBatch
+from lomar.data.loader import Batching, MicroBatch
 from lomar.data.opening import open_source
 from lomar.data.supervised import Augmentation, policy_transform, training_batches
 from lomar.errors import UserError
@@ -37,16 +37,9 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
 
 
 def batches(labelled: Labelled, augmentation: Augmentation, fmt: PixelFormat = RGB8, **words: int) -> list[MicroBatch]:
-    told = {
-        "depth": 0,
-        "seed": 5,
-        "batch_size": 6,
-        "micro_batch": 6,
-        "first_batch": 0,
-        "total_batches": 4,
-        "workers": 0,
-    }
-    return list(training_batches(labelled, fmt, augmentation, scaled, **(told | words)))
+    told = {name: words.pop(name) for name in ("depth", "with_masks") if name in words}
+    batching = Batching(**({"seed": 5, "batch_size": 6, "micro_batch": 6, "total_batches": 4} | words))
+    return list(training_batches(labelled, fmt, augmentation, scaled, **({"depth": 0} | told), batching=batching))
 
 
 def joined(found: list[MicroBatch], name: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from lomar.benchmark.place import Place
 from lomar.data.decode import PixelFormat
-from lomar.data.loader import CropPlan, pretraining_batches
+from lomar.data.loader import Batching, CropPlan, pretraining_batches
 from lomar.data.opening import open_source
 from lomar.data.sources import ImageSource
 from lomar.data.survey import spread
@@ -59,12 +59,7 @@ def _lomar_pass(source: ImageSource, image_px: int, views: int, number: int) -> 
         plan=CropPlan(image_px, CROP_SCALE),
         patch_size_px=PATCH_PX,
         view_size=windows.size,
-        seed=0,
-        batch_size=len(source),
-        micro_batch=MICRO_BATCH,
-        first_batch=number,
-        total_batches=number + 1,
-        workers=0,
+        batching=Batching(0, len(source), MICRO_BATCH, total_batches=number + 1, first_batch=number),
     )
     for _ in batches:
         pass

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lomar.benchmark.place import Place
 from lomar.benchmark.yardstick import TimmMAE
 from lomar.data.decode import PixelFormat
-from lomar.data.loader import CropPlan, SampleKey, pretraining_batches
+from lomar.data.loader import Batching, CropPlan, SampleKey, pretraining_batches
 from lomar.data.multicrop import MultiCropPlan, multicrop_batches
 from lomar.data.opening import open_source
 from lomar.methods.composition import Composition, TwoViewComposition, composition_from
@@ -173,23 +173,22 @@ def _real(
     """Batches of files, on the device; read as 8-bit colour."""
     fabric = place.fabric
     source, fmt, draw = open_source(data), PixelFormat(len(c.mean), "uint8"), method.draw(seed=0)
-    stream: dict[str, Any] = {
-        "seed": 0,
-        "batch_size": images * fabric.world_size,
-        "micro_batch": images,
-        "first_batch": 0,
-        "total_batches": _MANY,
-        "workers": workers,
-        "rank": fabric.global_rank,
-        "world_size": fabric.world_size,
-        "pin_memory": place.device.type == "cuda",
-    }
+    batching = Batching(
+        seed=0,
+        batch_size=images * fabric.world_size,
+        micro_batch=images,
+        total_batches=_MANY,
+        workers=workers,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        pin_memory=place.device.type == "cuda",
+    )
     if isinstance(c, TwoViewComposition) and isinstance(method, TwoView):
         crops = MultiCropPlan(c.image_size, c.crop_scale, c.local_crops, c.local_size, c.local_scale, method.bilinear)
-        batches = multicrop_batches(source, fmt, draw, plan=crops, **stream)
+        batches = multicrop_batches(source, fmt, draw, plan=crops, batching=batching)
     else:
         plan = CropPlan(c.image_size, tuple(crop_scale), color_jitter, tokenised_px(c))  # type: ignore[arg-type]
         batches = pretraining_batches(
-            source, fmt, draw, plan=plan, patch_size_px=c.patch_size, view_size=c.view_size, **stream
+            source, fmt, draw, plan=plan, patch_size_px=c.patch_size, view_size=c.view_size, batching=batching
         )
     return (batch.inputs for batch in on_device(batches, place.device))

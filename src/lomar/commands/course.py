@@ -3,6 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning_fabric import Fabric
+
+from lomar.data.loader import Batching
+from lomar.data.order import POOLED_GB
 from lomar.figures.curves import learning_curves
 from lomar.options import DetectOptions, FinetuneOptions, PretrainOptions
 from lomar.training.loop import Course, Trainer
@@ -56,6 +60,33 @@ def course_of(
         max_bad_share=options.max_bad_share,
         clip_each=isinstance(options, PretrainOptions) and options.clip_by == "tensor",
         weight_decay=weight_decay_schedule(options, total) if isinstance(options, PretrainOptions) else None,
+    )
+
+
+def batching_of(
+    fabric: Fabric, options: TrainingOptions, course: Course, first_step: int, micro_batch: int
+) -> Batching:
+    """What this process gets of a run's stream from a step on.
+
+    Args:
+        fabric: the processes.
+        options: all settled.
+        course: of the run.
+        first_step: the optimiser step that the first batch is for.
+        micro_batch: most samples that come at a time.
+    """
+    return Batching(
+        seed=options.seed,
+        batch_size=options.batch_size,
+        micro_batch=micro_batch,
+        total_batches=course.total_steps,
+        first_batch=first_step,
+        workers=options.workers,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        pin_memory=fabric.device.type == "cuda",
+        shuffle_gb=POOLED_GB if isinstance(options, DetectOptions) else options.shuffle_gb,
+        repeats=options.repeats if isinstance(options, FinetuneOptions) else 1,
     )
 
 

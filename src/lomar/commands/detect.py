@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from lomar.commands.course import carry_out, course_of
+from lomar.commands.course import batching_of, carry_out, course_of
 from lomar.commands.detect_plan import rehearse
 from lomar.commands.detect_settling import LAST_FILE, SettledDetection, settle, settle_again
 from lomar.commands.detecting import CATEGORIES_FILE, draw_judged, found_in, judged, results_of, write_judgement
@@ -109,15 +109,7 @@ def _train(
             settled.fmt,
             settled.jitter,
             depth=len(detector.backbone.blocks) if settled.plan.drop_path else 0,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            micro_batch=options.micro_batch,
-            first_batch=first_step,
-            total_batches=course.total_steps,
-            workers=options.workers,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-            pin_memory=fabric.device.type == "cuda",
+            batching=batching_of(fabric, options, course, first_step, options.micro_batch),
             with_masks=settled.plan.masks,
         )
 

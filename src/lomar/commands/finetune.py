@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from lomar.commands.course import carry_out, cosine_schedule, course_of
+from lomar.commands.course import batching_of, carry_out, cosine_schedule, course_of
 from lomar.commands.finetune_settling import LAST_FILE, SettledFinetuning, settle, settle_again
 from lomar.commands.judging import EVALUATION_FILE, judged, numbers_of, summary, write_judgement
 from lomar.commands.runs import CONFIG_FILE, asked_for, begun, goes_on, holds_run, raise_unless_done
@@ -107,17 +107,7 @@ def _train(
             settled.augmentation,
             settled.input.normalise,
             depth=len(classifier.blocks) if classifier.drop_path_rate else 0,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            micro_batch=micro_batch,
-            first_batch=first_step,
-            total_batches=course.total_steps,
-            workers=options.workers,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-            pin_memory=fabric.device.type == "cuda",
-            shuffle_gb=options.shuffle_gb,
-            repeats=options.repeats,
+            batching=batching_of(fabric, options, course, first_step, micro_batch),
         )
 
     method = Classification(classifier)

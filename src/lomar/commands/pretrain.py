@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from lomar.commands.course import carry_out, cosine_schedule, course_of
+from lomar.commands.course import batching_of, carry_out, cosine_schedule, course_of
 from lomar.commands.crops import crops_of
 from lomar.commands.evaluation import Evaluation, evaluation_data
 from lomar.commands.runs import CONFIG_FILE, begun, goes_on, holds_run, raise_unless_done
@@ -115,23 +115,14 @@ def _train(
 
     def batches(first_step: int) -> Generator[MicroBatch, None, None]:
         source, fmt, draw = settled.source, settled.fmt, method.draw(options.seed)
-        stream: dict[str, Any] = {
-            "seed": options.seed,
-            "batch_size": options.batch_size,
-            "micro_batch": options.batch_size if paced and paced.whole_share else micro_batch,
-            "first_batch": first_step,
-            "total_batches": course.total_steps,
-            "workers": options.workers,
-            "rank": fabric.global_rank,
-            "world_size": fabric.world_size,
-            "pin_memory": fabric.device.type == "cuda",
-            "shuffle_gb": options.shuffle_gb,
-        }
+        at_once = options.batch_size if paced and paced.whole_share else micro_batch
+        batching = batching_of(fabric, options, course, first_step, at_once)
         if isinstance(method, TwoView):
-            return multicrop_batches(source, fmt, draw, plan=crops_of(method, options), **stream)
+            return multicrop_batches(source, fmt, draw, plan=crops_of(method, options), batching=batching)
         plan = CropPlan(options.image_size, options.crop_scale, options.color_jitter, settled.tokenised_px)
+        view_size = method.views.size
         return pretraining_batches(
-            source, fmt, draw, plan=plan, patch_size_px=options.patch_size, view_size=method.views.size, **stream
+            source, fmt, draw, plan=plan, patch_size_px=options.patch_size, view_size=view_size, batching=batching
         )
 
     def export() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lomar.commands.frozen import FrozenEncoder
 from lomar.commands.probe_cache import Cached
 from lomar.data.labels import Labelled
-from lomar.data.loader import stream
+from lomar.data.loader import Batching, stream
 from lomar.data.order import Shuffled
 from lomar.data.supervised import Augmentation, training_batches
 from lomar.downstream.features import feature_reader
@@ -222,13 +222,15 @@ class MaeProbe(_Trained):
             Augmentation(encoder.input.size, _MAE_CROP_SCALE, classes, clamped=True),
             encoder.input.normalise,
             depth=0,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            micro_batch=_IMAGES_AT_ONCE[encoder.hardware.device],
-            first_batch=first_step,
-            total_batches=total_steps,
-            workers=encoder.workers,
-            pin_memory=encoder.hardware.device == "cuda",
+            batching=Batching(
+                seed=options.seed,
+                batch_size=options.batch_size,
+                micro_batch=_IMAGES_AT_ONCE[encoder.hardware.device],
+                total_batches=total_steps,
+                first_batch=first_step,
+                workers=encoder.workers,
+                pin_memory=encoder.hardware.device == "cuda",
+            ),
         )
 
     def learn(self, lr: float) -> Learned:

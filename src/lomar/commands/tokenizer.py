@@ -17,7 +17,7 @@ from lomar.commands.panels import central_crops
 from lomar.commands.runs import goes_on
 from lomar.commands.tokenizer_settling import Files, SettledTokenizer, files_of, settle, settle_again
 from lomar.data.decode import PixelFormat
-from lomar.data.loader import CropPlan, MicroBatch, SampleKey, pretraining_batches
+from lomar.data.loader import Batching, CropPlan, MicroBatch, SampleKey, pretraining_batches
 from lomar.data.survey import spread
 from lomar.errors import TrainingError, UserError
 from lomar.figures.png import save_png
@@ -201,13 +201,15 @@ class _Training:
             plan=CropPlan(options.image_size, CROP_SCALE),
             patch_size_px=STRIDE,
             view_size=(options.window_size, options.window_size),
-            seed=options.seed,
-            batch_size=options.batch_size,
-            micro_batch=options.batch_size,
-            first_batch=self.step,
-            total_batches=options.max_steps,
-            workers=options.workers,
-            pin_memory=self.device.type == "cuda",
+            batching=Batching(
+                seed=options.seed,
+                batch_size=options.batch_size,
+                micro_batch=options.batch_size,
+                total_batches=options.max_steps,
+                first_batch=self.step,
+                workers=options.workers,
+                pin_memory=self.device.type == "cuda",
+            ),
         )
 
     def _learn(self, batches: Iterator[MicroBatch]) -> Row:

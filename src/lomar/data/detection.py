@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from lomar.data.coco import CocoImages
 from lomar.data.decode import Image, PixelFormat, Size, read_image
-from lomar.data.loader import MicroBatch, SampleKey, batches_of, first_readable
+from lomar.data.loader import Batching, MicroBatch, SampleKey, batches_of, first_readable
 from lomar.data.order import Order
 from lomar.data.sources import ImageSource
 from lomar.data.workers import loaded
@@ -365,15 +365,7 @@ def detection_batches(
     jitter: Jitter,
     *,
     depth: int,
-    seed: int,
-    batch_size: int,
-    micro_batch: int,
-    first_batch: int,
-    total_batches: int,
-    workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
+    batching: Batching,
     with_masks: bool = True,
 ) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of global batches first_batch up to total_batches, in order.
@@ -394,8 +386,7 @@ def detection_batches(
         fmt: what their pixels become.
         jitter: what is done to them.
         depth: blocks that need numbers for drop path.
-        seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory: as for
-            `lomar.data.loader.batches_of`.
+        batching: which samples, in what parts.
         with_masks: whether masks are drawn.
 
     Raises:
@@ -404,19 +395,11 @@ def detection_batches(
     """
     if with_masks and not images.has_masks:
         raise ValueError(f"masks are asked for, but {images.path} has none")
-    return batches_of(
-        images.source,
-        lambda order, last: _Jittered(images, order, fmt, jitter, depth, seed, with_masks, last),
-        seed=seed,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        first_batch=first_batch,
-        total_batches=total_batches,
-        workers=workers,
-        rank=rank,
-        world_size=world_size,
-        pin_memory=pin_memory,
-    )
+
+    def jittered(order: Order, last_slot: int) -> Dataset[MicroBatch]:
+        return _Jittered(images, order, fmt, jitter, depth, batching.seed, with_masks, last_slot)
+
+    return batches_of(images.source, jittered, batching)
 
 
 class WholeImages(NamedTuple):

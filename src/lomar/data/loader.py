@@ -260,49 +260,68 @@ def cut_windows(crop: np.ndarray, corners_px: np.ndarray, windows: np.ndarray) -
         window[...] = crop[:, row : row + height, column : column + width]
 
 
-def batches_of(
-    source: ImageSource,
-    dataset: Callable[[Order, int], Dataset[MicroBatch]],
-    *,
-    seed: int,
-    batch_size: int,
-    micro_batch: int,
-    first_batch: int,
-    total_batches: int,
-    workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
-    shuffle_gb: float = POOLED_GB,
-    repeats: int = 1,
-) -> Generator[MicroBatch, None, None]:
-    """One process's micro-batches of global batches first_batch up to total_batches, in order.
+@dataclass(frozen=True)
+class Batching:
+    """Which samples of a run's stream come to one process, and in what parts.
 
     Args:
-        source: the images.
-        dataset: order of the images and the last slot of this process's share -> what turns lists of `SampleKey` into
-            micro-batches, which must be picklable.
         seed: of the run.
         batch_size: samples of a global batch, over all processes.
         micro_batch: most samples of a micro-batch.
-        first_batch: the global batch to begin with, from 0.
         total_batches: global batches of the whole run.
+        first_batch: the global batch to begin with, from 0.
         workers: loading processes; 0 loads in this one.
         rank: number of this process.
         world_size: count of processes.
         pin_memory: whether to hand out page-locked memory, for copies to a GPU.
         shuffle_gb: GiB of shards at an address that images are drawn from at a time, in all processes together.
-        repeats: how often two images come before others do.
+        repeats: how often two images come, each time changed anew, before others do (repeated augmentation).
+    """
+
+    seed: int
+    batch_size: int
+    micro_batch: int
+    total_batches: int
+    first_batch: int = 0
+    workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+    pin_memory: bool = False
+    shuffle_gb: float = POOLED_GB
+    repeats: int = 1
+
+    @property
+    def share(self) -> range:
+        """The slots of every global batch that this process handles.
+
+        Raises:
+            ValueError: fewer samples in a batch than processes.
+        """
+        return share_of_batch(self.batch_size, self.rank, self.world_size)
+
+
+def batches_of(
+    source: ImageSource, dataset: Callable[[Order, int], Dataset[MicroBatch]], batching: Batching
+) -> Generator[MicroBatch, None, None]:
+    """One process's micro-batches, in order.
+
+    Args:
+        source: the images.
+        dataset: order of the images and the last slot of this process's share -> what turns lists of `SampleKey` into
+            micro-batches, which must be picklable.
+        batching: which samples, in what parts.
 
     Raises:
         UserError: one bad file after another.
         ValueError: fewer samples in a batch than processes.
     """
-    share = share_of_batch(batch_size, rank, world_size)
-    order = order_of(source, seed, batch_size, shuffle_gb, repeats)
-    batches = islice(stream(order, batch_size, first_batch), total_batches - first_batch)
-    keys = micro_batch_keys(batches, share, micro_batch)
-    return loaded(fetched_ahead(dataset(order, share.stop - 1), order, share), keys, workers, pin_memory)
+    share = batching.share
+    order = order_of(source, batching.seed, batching.batch_size, batching.shuffle_gb, batching.repeats)
+    left = batching.total_batches - batching.first_batch
+    batches = islice(stream(order, batching.batch_size, batching.first_batch), left)
+    keys = micro_batch_keys(batches, share, batching.micro_batch)
+    data = fetched_ahead(dataset(order, share.stop - 1), order, share)
+    return loaded(data, keys, batching.workers, batching.pin_memory)
 
 
 def pretraining_batches(
@@ -313,16 +332,7 @@ def pretraining_batches(
     plan: CropPlan,
     patch_size_px: int,
     view_size: tuple[int, int],
-    seed: int,
-    batch_size: int,
-    micro_batch: int,
-    first_batch: int,
-    total_batches: int,
-    workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
-    shuffle_gb: float = POOLED_GB,
+    batching: Batching,
 ) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of windows.
 
@@ -333,27 +343,17 @@ def pretraining_batches(
         plan: how images are cropped.
         patch_size_px: side of a patch.
         view_size: (rows, columns) of a window in patches.
-        seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory, shuffle_gb: as
-            for `batches_of`.
+        batching: which samples, in what parts.
 
     Raises:
         UserError: one bad file after another.
         ValueError: fewer samples in a batch than processes.
     """
-    return batches_of(
-        source,
-        lambda order, last: _CropWindows(source, order, fmt, draw, plan, patch_size_px, view_size, seed, last),
-        seed=seed,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        first_batch=first_batch,
-        total_batches=total_batches,
-        workers=workers,
-        rank=rank,
-        world_size=world_size,
-        pin_memory=pin_memory,
-        shuffle_gb=shuffle_gb,
-    )
+
+    def crop_windows(order: Order, last_slot: int) -> Dataset[MicroBatch]:
+        return _CropWindows(source, order, fmt, draw, plan, patch_size_px, view_size, batching.seed, last_slot)
+
+    return batches_of(source, crop_windows, batching)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from lomar.data.augment import random_resized_crop
 from lomar.data.decode import Image, PixelFormat, decoded_once
-from lomar.data.loader import Draw, MicroBatch, SampleKey, batches_of, readable_sample
-from lomar.data.order import POOLED_GB, Order
+from lomar.data.loader import Batching, Draw, MicroBatch, SampleKey, batches_of, readable_sample
+from lomar.data.order import Order
 from lomar.data.sources import ImageSource
 
 Scale = tuple[float, float]
@@ -103,16 +103,7 @@ def multicrop_batches(
     draw: Draw,
     *,
     plan: MultiCropPlan,
-    seed: int,
-    batch_size: int,
-    micro_batch: int,
-    first_batch: int,
-    total_batches: int,
-    workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
-    shuffle_gb: float = POOLED_GB,
+    batching: Batching,
 ) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of crops.
 
@@ -124,24 +115,14 @@ def multicrop_batches(
         fmt: what their pixels become.
         draw: what else is random about a sample; must be picklable.
         plan: how images are cropped.
-        seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory, shuffle_gb: as
-            for `lomar.data.loader.batches_of`.
+        batching: which samples, in what parts.
 
     Raises:
         UserError: one bad file after another.
         ValueError: fewer samples in a batch than processes.
     """
-    return batches_of(
-        source,
-        lambda order, last: _ManyCrops(source, order, fmt, draw, plan, seed, last),
-        seed=seed,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        first_batch=first_batch,
-        total_batches=total_batches,
-        workers=workers,
-        rank=rank,
-        world_size=world_size,
-        pin_memory=pin_memory,
-        shuffle_gb=shuffle_gb,
-    )
+
+    def many_crops(order: Order, last_slot: int) -> Dataset[MicroBatch]:
+        return _ManyCrops(source, order, fmt, draw, plan, batching.seed, last_slot)
+
+    return batches_of(source, many_crops, batching)

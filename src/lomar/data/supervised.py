@@ -21,8 +21,8 @@ from lomar.data.augment import LUMA, ColorJitter, clamped_crop, random_resized_c
 from lomar.data.decode import Image as DecodedImage
 from lomar.data.decode import PixelFormat
 from lomar.data.labels import Labelled
-from lomar.data.loader import MicroBatch, SampleKey, batches_of, readable_sample, share_of_batch
-from lomar.data.order import POOLED_GB, Order
+from lomar.data.loader import Batching, MicroBatch, SampleKey, batches_of, readable_sample
+from lomar.data.order import Order
 from lomar.seeding import globally_seeded, seeded
 
 NO_POLICY = "none"
@@ -188,17 +188,7 @@ def training_batches(
     normalise: Callable[[Tensor], Tensor],
     *,
     depth: int,
-    seed: int,
-    batch_size: int,
-    micro_batch: int,
-    first_batch: int,
-    total_batches: int,
-    workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
-    shuffle_gb: float = POOLED_GB,
-    repeats: int = 1,
+    batching: Batching,
 ) -> Generator[MicroBatch, None, None]:
     """One process's micro-batches of global batches first_batch up to total_batches, in order.
 
@@ -211,30 +201,17 @@ def training_batches(
         augmentation: what is done to them.
         normalise: pixels (C, H, W) -> a model's input; must be picklable.
         depth: blocks that need numbers for drop path.
-        seed, batch_size, micro_batch, first_batch, total_batches, workers, rank, world_size, pin_memory, shuffle_gb: as
-            for `lomar.data.loader.batches_of`; batch, share of a process and micro-batch even where images are
-            mixed.
-        repeats: how often two images come, each time augmented anew, before others do (repeated augmentation).
+        batching: which samples, in what parts; batch, share of a process and micro-batch even where images are mixed.
 
     Raises:
         UserError: one bad file after another.
         ValueError: fewer samples in a batch than processes, or an odd number where images are mixed.
     """
-    share = share_of_batch(batch_size, rank, world_size)
-    if augmentation.mixes and (share.start % 2 or share.stop % 2 or micro_batch % 2):
+    share = batching.share
+    if augmentation.mixes and (share.start % 2 or share.stop % 2 or batching.micro_batch % 2):
         raise ValueError("images are mixed two and two: batch, shares of it and micro-batches must be even")
-    return batches_of(
-        labelled.source,
-        lambda order, last: _Augmented(labelled, order, fmt, augmentation, normalise, depth, seed, last),
-        seed=seed,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        first_batch=first_batch,
-        total_batches=total_batches,
-        workers=workers,
-        rank=rank,
-        world_size=world_size,
-        pin_memory=pin_memory,
-        shuffle_gb=shuffle_gb,
-        repeats=repeats,
-    )
+
+    def augmented(order: Order, last_slot: int) -> Dataset[MicroBatch]:
+        return _Augmented(labelled, order, fmt, augmentation, normalise, depth, batching.seed, last_slot)
+
+    return batches_of(labelled.source, augmented, batching)
