@@ -276,6 +276,22 @@ def test_init_takes_all_of_the_encoder_where_positions_are_learned(position: str
     assert all(torch.equal(own[name], state[name]) for name in state.keys() & own.keys())
 
 
+@pytest.mark.parametrize(
+    ("state", "position", "line"),
+    [
+        (released.dino_whole, "sincos", "positions were learned and are to be sincos: the file's are taken, and stay"),
+        (released.moco, "learned", "positions were sincos and are to be learned: the file's are taken, and learn"),
+    ],
+)
+def test_positions_of_another_kind_are_taken_and_told(
+    state: Callable[..., Any], position: str, line: str, tmp_path: Path
+) -> None:
+    file, method = saved(tmp_path / "file.pth", state(**SIZES)), lomar_with(position)
+    assert any(line in told for told in initialise(method, file))
+    own, theirs = method.architecture.encoder.state_dict()["pos_embed"], package.load(file).state_dict()["pos_embed"]
+    assert torch.equal(own, theirs)
+
+
 def test_a_method_with_learned_positions_goes_out_as_its_encoder() -> None:
     """No masked pretraining was released whose names it could have."""
     assert official_state(lomar_with("learned")).keys() == released.plain(**SIZES).keys()

@@ -58,6 +58,10 @@ def initialise(method: MaskedReconstruction | TwoView, path: str | Path) -> list
         "not used": [name for name in given if name not in fitting],
     }.items():
         lines += [f"  {what}: {listed(names)}"] if names else []
+    there, here = (each.architecture["position"] for each in (encoder, method.encoder))
+    if there != here and method.encoder.pos_embed is not None and encoder.pos_embed is not None:
+        goes_on = "learn from here" if here == "learned" else "stay as they are"
+        lines.append(f"  positions were {there} and are to be {here}: the file's are taken, and {goes_on}")
     pixels = f"--mean {_numbers(mean)} --std {_numbers(std)}"
     if pixels != f"--mean {_numbers(method.mean.flatten())} --std {_numbers(method.std.flatten())}":
         lines.append(f"  its pixels were normalised otherwise, as by {pixels}")
