@@ -15,7 +15,7 @@ from lomar.detection.attention import GridAttention, contextual_on_grid, folded,
 from lomar.detection.backbone import LEVELS, Backbone, SimplePyramid, global_blocks
 from lomar.detection.frameworks import FRAMEWORKS, Framework
 from lomar.model import Encoder
-from lomar.model.attention import contextual_bias
+from lomar.model.attention import ALL, contextual_bias
 from lomar.model.positions import contextual_buckets, grid_coordinates
 
 M = TypeVar("M", bound=nn.Module)
@@ -177,9 +177,9 @@ def test_contextual_position_by_products_is_what_is_looked_up(rows: int, columns
 def test_folded_into_the_product_a_decomposed_position_is_the_same() -> None:
     attention = filled(GridAttention(48, 3, (5, 7), decomposed=True).double())
     relation = attention.relate(grid_coordinates(5, 7)[None], (5, 7))
-    q, k, v = attention._project(4 * filler(2, 35, 48, j=5), 0)
+    q, k, v = attention._project(4 * filler(2, 35, 48, j=5), ALL)
     assert attention.rel_pos is not None
-    expected = attention.mixed(q, k, v, relation, 0)
+    expected = attention.mixed(q, k, v, relation, ALL)
     torch.testing.assert_close(folded(q, k, v, *attention.rel_pos.along(q, (5, 7)), (5, 7)), expected)
 
 

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lomar.model import attention
-from lomar.model.attention import BACKENDS, Attention, ContextualAttention, Places, attend, backend_for, by_products
+from lomar.model.attention import (
+    ALL,
+    BACKENDS,
+    Attention,
+    ContextualAttention,
+    Places,
+    attend,
+    backend_for,
+    by_products,
+)
 from lomar.model.encoder import Encoder
 from lomar.model.positions import BUCKETS, contextual_buckets, grid_coordinates, piecewise_index, with_cls
 from lomar.training.memory import saved_bytes
@@ -17,7 +26,7 @@ from lomar.training.memory import saved_bytes
 CPU_BACKENDS = [name for name in BACKENDS if name != "fused"]  # tests/model/test_kernels.py has that one
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, table: Tensor, at: Tensor, first: int) -> Tensor:
+def by_hand(q: Tensor, k: Tensor, v: Tensor, table: Tensor, at: Tensor, asked: slice) -> Tensor:
     """softmax(q k' / sqrt(d) + q R[bucket]) v, bucket by bucket from `piecewise_index`; cls is token 0."""
     n = at.shape[1]
     buckets = torch.full((len(at), n, n), BUCKETS - 1)
@@ -26,15 +35,15 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, table: Tensor, at: Tensor, first: i
             for j in range(1, n):
                 down, across = (int(at[row, i, axis] - at[row, j, axis]) for axis in (0, 1))
                 buckets[row, i, j] = 7 * (piecewise_index(down) + 3) + piecewise_index(across) + 3
-    vectors = table.T[buckets[:, first:]]  # (R or 1, M, N, d)
+    vectors = table.T[buckets[:, asked]]  # (R or 1, M, N, d)
     bias = torch.einsum("rhid,rijd->rhij", q, vectors.expand(len(q), -1, -1, -1))
     return ((q @ k.mT) / q.shape[-1] ** 0.5 + bias).softmax(-1) @ v
 
 
-def inputs(rows: int, heads: int, at: Tensor, d: int, first: int) -> list[Tensor]:
-    """Queries of the tokens from `first` on, keys and values of all with cls, and a table: float64, with gradients."""
+def inputs(rows: int, heads: int, at: Tensor, d: int, asked: slice) -> list[Tensor]:
+    """Queries of some tokens, keys and values of all with cls, and a table: float64, with gradients."""
     n = 1 + at.shape[1]
-    shapes = [(rows, heads, n - first, d), (rows, heads, n, d), (rows, heads, n, d), (d, BUCKETS)]
+    shapes = [(rows, heads, len(range(n)[asked]), d), (rows, heads, n, d), (rows, heads, n, d), (d, BUCKETS)]
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
@@ -46,11 +55,11 @@ def test_backends_equal_the_formula_in_values_and_gradients(
 ) -> None:
     torch.manual_seed(chance.randrange(2**32))
     at = torch.randint(0, 12, (1 if shared else rows, patches, 2))
-    first = int(torch.randint(0, patches + 1, ()))
-    tensors = inputs(rows, heads, at, d, first)
+    first, last = sorted(torch.randperm(patches + 2)[:2].tolist())
+    tensors = inputs(rows, heads, at, d, asked := slice(first, last))
     whole = with_cls(at)
-    found = BACKENDS[backend](*tensors, Places(whole, contextual_buckets(whole)), first)
-    expected = by_hand(*tensors, whole, first)
+    found = BACKENDS[backend](*tensors, Places(whole, contextual_buckets(whole)), asked)
+    expected = by_hand(*tensors, whole, asked)
     weights = torch.randn(expected.shape, dtype=torch.float64)
     gradients = [torch.autograd.grad((out * weights).sum(), tensors) for out in (found, expected)]
     torch.testing.assert_close(found, expected)
@@ -59,11 +68,11 @@ def test_backends_equal_the_formula_in_values_and_gradients(
 
 def test_a_few_heads_at_a_time_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     at = grid_coordinates(2, 3)[None]
-    tensors = inputs(2, 5, at, 4, 0)
+    tensors = inputs(2, 5, at, 4, ALL)
     places = Places(with_cls(at), None)
-    whole = BACKENDS["products"](*tensors, places, 0)
+    whole = BACKENDS["products"](*tensors, places)
     monkeypatch.setattr(attention, "_ELEMENTS_AT_ONCE", 2 * 7 * 7)  # two heads
-    torch.testing.assert_close(BACKENDS["recomputed"](*tensors, places, 0), whole)
+    torch.testing.assert_close(BACKENDS["recomputed"](*tensors, places), whole)
 
 
 @pytest.mark.parametrize("bias", [None, (1, 3, 5, 7), (2, 3, 5, 7)])
@@ -99,12 +108,12 @@ def test_in_bfloat16_backends_are_within_its_rounding(backend: str) -> None:
     """Three parts in a hundred of the float64 values, in every gradient too: logits are rounded to 8 bits."""
     torch.manual_seed(0)
     at = grid_coordinates(7, 7)[None]
-    tensors = inputs(3, 2, at, 16, 0)
+    tensors = inputs(3, 2, at, 16, ALL)
     places = Places(with_cls(at), contextual_buckets(with_cls(at)))
     results = []
     for dtype in (torch.float64, torch.bfloat16):
         given = [each.detach().to(dtype).requires_grad_() for each in tensors]
-        out = BACKENDS[backend](*given, places, 0)
+        out = BACKENDS[backend](*given, places)
         results.append([out, *torch.autograd.grad(out.square().sum(), given)])
     for exact, rounded in zip(*results, strict=True):
         assert (rounded.double() - exact).norm() < 0.03 * exact.norm()
@@ -132,12 +141,13 @@ def test_an_exported_program_asks_for_no_number_of_tokens(monkeypatch: pytest.Mo
         torch.testing.assert_close(program.module()(images), model(images))
 
 
+@pytest.mark.parametrize("asked", [slice(4, None), slice(0, 1), slice(None)])
 @pytest.mark.parametrize("position", ["none", "contextual"])
-def test_only_some_tokens_ask(position: str) -> None:
-    """Those from `first` on get what they get when all ask, and look where they look then."""
+def test_only_some_tokens_ask(position: str, asked: slice) -> None:
+    """They get what they get when all ask, and look where they look then."""
     layer = ContextualAttention(12, 3) if position == "contextual" else Attention(12, 3, key_bias=False)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     x, relation = torch.randn(2, 7, 12), layer.relate(grid_coordinates(2, 3)[None], None)
-    torch.testing.assert_close(layer(x, relation, 4), layer(x, relation)[:, 4:])
-    torch.testing.assert_close(layer.weights(x, relation, 4), layer.weights(x, relation)[:, :, 4:])
+    torch.testing.assert_close(layer(x, relation, asked), layer(x, relation)[:, asked])
+    torch.testing.assert_close(layer.weights(x, relation, asked), layer.weights(x, relation)[:, :, asked])

@@ -150,6 +150,18 @@ def test_features_are_normalised_tokens_cls_first() -> None:
     torch.testing.assert_close(first, model.norm(model.cls_token[:, 0]).expand(2, -1))
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+def test_the_last_block_works_for_what_is_pooled_alone(position: str) -> None:
+    model = positioned(position=position, global_pool="token", depth=2, drop_path_rate=0.5).train()
+    images, paths, came = torch.randn(2, 3, 12, 20), torch.rand(2, 2, 2), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, given, out: came.append(out.shape[1]))
+    pooled = model(images, paths)
+    assert came == [16, 1]
+    torch.testing.assert_close(pooled, model.forward_head(model.forward_features(images, paths)))
+    assert came[2:] == [16, 16]
+
+
 def test_pooling_takes_patch_tokens_or_the_cls_token() -> None:
     images = torch.randn(2, 3, 12, 20)
     for pool, pick in {"avg": lambda t: t[:, 1:].mean(1), "token": lambda t: t[:, 0], "": lambda t: t}.items():

@@ -41,7 +41,7 @@ def attention_step(
     def mixed() -> torch.Tensor:
         if backend == NO_BIAS:
             return F.scaled_dot_product_attention(q, k, v)
-        return BACKENDS[backend](q, k, v, table, places, 0)
+        return BACKENDS[backend](q, k, v, table, places)
 
     compiled = torch.compile(mixed) if place.compiled else mixed
 

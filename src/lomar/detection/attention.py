@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lomar.model.attention import (
+    ALL,
     BACKENDS,
     KEPT_TOKENS,
     Attention,
@@ -184,37 +185,37 @@ class GridAttention(Attention):
             index = relative_index(at, self._covered(self._own(extent)))[:, 1:, 1:]
         return Places(at.int(), index, extent)
 
-    def forward(self, x: Tensor, relation: Relation, first: int = 0) -> Tensor:
+    def forward(self, x: Tensor, relation: Relation, asked: slice = ALL) -> Tensor:
         """(B, H * W, D) tokens of an image -> the same shape.
 
         Args:
             x: tokens.
             relation: what `relate` gave.
-            first: 0.
+            asked: all.
         """
-        assert isinstance(relation, Places) and relation.extent is not None and not first
+        assert isinstance(relation, Places) and relation.extent is not None and asked == ALL
         if not self.window:
             return super().forward(x, relation)
         windows, padded = to_windows(x.unflatten(1, relation.extent), self.window)
         mixed = super().forward(windows, relation)
         return from_windows(mixed, self.window, padded, relation.extent).flatten(1, 2)
 
-    def bias(self, q: Tensor, relation: Relation, first: int = 0) -> Tensor | None:
+    def bias(self, q: Tensor, relation: Relation, asked: slice = ALL) -> Tensor | None:
         """All that is added to the logits: (R, heads, N, N), or None."""
         assert isinstance(relation, Places)
-        return self._bias_of(q, relation, slice(None))
+        return self._bias_of(q, relation, ALL)
 
-    def mixed(self, q: Tensor, k: Tensor, v: Tensor, relation: Relation, first: int) -> Tensor:
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, relation: Relation, asked: slice) -> Tensor:
         """(R, heads, N, d), without a bias being written out where it would be large."""
         assert isinstance(relation, Places) and relation.extent is not None
         if self.rpe is not None and self.rel_pos is None and backend_for(q, k.shape[-2]) == "fused":
-            return BACKENDS["fused"](q, k, v, self.rpe.table, relation, first)
+            return BACKENDS["fused"](q, k, v, self.rpe.table, relation, asked)
         if self.rel_pos is not None and self.rpe is None and self.rel_pos_bias is None and q.device.type != "cpu":
             own = self._own(relation.extent)
             return folded(q, k, v, *self.rel_pos.along(q, own), own)
         if k.shape[-2] > KEPT_TOKENS and any((self.rpe, self.rel_pos, self.rel_pos_bias)):
             return recomputed(q, k, v, lambda few, row, heads: self._some_bias(few, relation, heads))
-        bias = self._bias_of(q, relation, slice(None))
+        bias = self._bias_of(q, relation, ALL)
         return attend(q, k, v, bias if bias is None else bias.to(q.dtype))
 
     def _own(self, extent: Grid) -> Grid:

@@ -31,8 +31,8 @@ class NormalCell(Block):
         first = nn.Conv2d(width, hidden, 3, padding=1, groups=groups)
         self.convolutions = nn.Sequential(first, nn.BatchNorm2d(hidden), nn.SiLU(), last)
 
-    def attended(self, x: Tensor, relation: Relation, first: int) -> Tensor:
+    def attended(self, x: Tensor, relation: Relation, asked: slice) -> Tensor:
         """Attention and convolutions of tokens (B, H * W, D), which share a draw of drop path: the same shape."""
         assert isinstance(relation, Places) and relation.extent is not None
         beside = self.convolutions(x.transpose(1, 2).unflatten(2, relation.extent)).flatten(2).transpose(1, 2)
-        return super().attended(x, relation, first) + beside
+        return super().attended(x, relation, asked) + beside

@@ -36,7 +36,7 @@ class Classification(nn.Module):
             targets: (B, classes) of sum 1.
             paths: (B, depth, 2) uniform numbers that decide for drop path.
         """
-        logits = self.encoder.forward_head(self.encoder.forward_features(images, paths))
+        logits = self.encoder(images, paths)
         return -(targets * logits.float().log_softmax(dim=-1)).sum(), len(images)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lomar.model import Encoder
+from lomar.model.attention import ALL
 from lomar.model.positions import Grid
 from lomar.model.transformer import Transformer
 
@@ -75,14 +76,14 @@ class MaskedEncoder(nn.Module):
             view: visible patches, and where the hidden ones are.
             paths: (R, depth, 2) uniform numbers that decide for drop path.
         """
-        return self.encode(view, paths, asked_from=1 + view.visible.shape[1])
+        return self.encode(view, paths, asked=slice(1 + view.visible.shape[1], None))
 
-    def encode(self, view: View, paths: Tensor | None = None, asked_from: int = 0) -> Tensor:
-        """(R, 1 + N - asked_from, D): cls, visible and hidden tokens after the final norm.
+    def encode(self, view: View, paths: Tensor | None = None, asked: slice = ALL) -> Tensor:
+        """(R, M, D): of cls, visible and hidden tokens those that are asked for, after the final norm.
 
         Args:
             view, paths: as for `forward`.
-            asked_from: the first token that is wanted.
+            asked: which of the tokens are wanted.
         """
         encoder = self.encoder
         x = encoder.embed(view.visible, view.visible_at)
@@ -94,7 +95,7 @@ class MaskedEncoder(nn.Module):
             masks = torch.where(is_visible[..., None], encoder.embed_patches(patches), masks)
         x = torch.cat([x, encoder.place(masks, view.hidden_at)], dim=1)  # (R, 1 + N, D)
         relation = encoder.relate(torch.cat([view.visible_at, view.hidden_at], dim=1))
-        x = encoder.run_blocks(x, relation, first=self.mask_layer, paths=paths, asked_from=asked_from)
+        x = encoder.run_blocks(x, relation, first=self.mask_layer, paths=paths, asked=asked)
         return encoder.norm(x)
 
 
@@ -145,14 +146,14 @@ class EncoderDecoder(nn.Module):
             view: visible patches, and where the hidden ones are; every view must hide equally many.
             paths: (R, depth, 2) uniform numbers that decide for the encoder's drop path.
         """
-        return self.decode(view, paths, asked_from=1 + view.visible.shape[1])
+        return self.decode(view, paths, asked=slice(1 + view.visible.shape[1], None))
 
-    def decode(self, view: View, paths: Tensor | None = None, asked_from: int = 0) -> Tensor:
-        """(R, 1 + N - asked_from, width): cls, visible and hidden tokens after the decoder's norm.
+    def decode(self, view: View, paths: Tensor | None = None, asked: slice = ALL) -> Tensor:
+        """(R, M, width): of cls, visible and hidden tokens those that are asked for, after the decoder's norm.
 
         Args:
             view, paths: as for `forward`.
-            asked_from: the first token that is wanted.
+            asked: which of the tokens are wanted.
         """
         encoder, decoder = self.encoder, self.decoder
         x = encoder.embed(view.visible, view.visible_at)
@@ -162,7 +163,7 @@ class EncoderDecoder(nn.Module):
         coordinates = torch.cat([view.visible_at, view.hidden_at], dim=1)
         patches = decoder.place(torch.cat([x[:, 1:], masks], dim=1), coordinates)
         x = torch.cat([decoder.place_cls(x[:, :1]), patches], dim=1)  # (R, 1 + N, width)
-        return decoder.norm(decoder.run_blocks(x, decoder.relate(coordinates), asked_from=asked_from))
+        return decoder.norm(decoder.run_blocks(x, decoder.relate(coordinates), asked=asked))
 
 
 Architecture = MaskedEncoder | EncoderDecoder

@@ -66,12 +66,10 @@ class Flops:
 def passages(c: Composition | TwoViewComposition) -> list[Passage]:
     """How the tokens of an image go through what learns: encoder and decoder, or the student, large crops first.
 
-    The last block of masked reconstruction works on the predicted ones alone.
+    The last block works on the predicted ones alone, of crops on the cls token.
     """
     if isinstance(c, TwoViewComposition):
-        crops = [(c.grid, LARGE_CROPS), (c.local_grid, c.local_crops)]
-        tokens_of = [(1 + rows * columns, count) for (rows, columns), count in crops if count]
-        return [Passage(tokens, tokens, c.depth, c.embed_dim, c.mlp_ratio, count) for tokens, count in tokens_of]
+        return _crop_passages(c, _crops(c))
     visible = 1 + c.view_size[0] * c.view_size[1] - c.hidden
     all_tokens = visible + c.predicted
     encoder, decoder = (c.embed_dim, c.mlp_ratio), (c.decoder_width, 4.0)
@@ -87,14 +85,30 @@ def passages(c: Composition | TwoViewComposition) -> list[Passage]:
     return [passage for passage in found if passage.blocks]
 
 
+def _crops(c: TwoViewComposition) -> list[tuple[int, int]]:
+    """Tokens (cls among them) of each kind of crop that the student sees, large ones first, and how many crops."""
+    kinds = [(c.grid, LARGE_CROPS), (c.local_grid, c.local_crops)]
+    return [(1 + rows * columns, count) for (rows, columns), count in kinds if count]
+
+
+def _crop_passages(c: TwoViewComposition, crops: list[tuple[int, int]]) -> list[Passage]:
+    """How crops go through an encoder; its last block works for the cls token."""
+    found = []
+    for tokens, count in crops:
+        for queries, blocks in ((tokens, c.depth - 1), (1, 1)):
+            found += [Passage(tokens, queries, blocks, c.embed_dim, c.mlp_ratio, count)] if blocks else []
+    return found
+
+
 def image_tokens(c: Composition | TwoViewComposition) -> list[int]:
     """Tokens of an image, all its views and the cls token of each counted.
 
     Of masked reconstruction before and after the mask tokens enter, if there are any before; else one number, of all
     the crops that the student sees.
     """
-    tokens = [passage.tokens * passage.views for passage in passages(c)]
-    return [sum(tokens)] if isinstance(c, TwoViewComposition) else list(dict.fromkeys(tokens))
+    if isinstance(c, TwoViewComposition):
+        return [sum(tokens * count for tokens, count in _crops(c))]
+    return list(dict.fromkeys(passage.tokens * passage.views for passage in passages(c)))
 
 
 def forward_flops(c: Composition | TwoViewComposition) -> Flops:
@@ -103,7 +117,7 @@ def forward_flops(c: Composition | TwoViewComposition) -> Flops:
     Crops that are distorted, and outputs that are compared, cost next to nothing and are left out.
     """
     if isinstance(c, TwoViewComposition):
-        student, teacher = _tower_flops(c, passages(c)), _tower_flops(c, passages(c)[:1])  # it sees the large ones
+        student, teacher = _tower_flops(c, _crops(c)), _tower_flops(c, _crops(c)[:1])  # it sees the large ones
         predicting = 2 * LARGE_CROPS * _products(_predictor_layers(c))
         return replace(student, head=student.head + predicting, teacher=teacher.total)
     patches = c.view_size[0] * c.view_size[1]
@@ -141,12 +155,11 @@ def _block_products(found: list[Passage], position: str) -> tuple[int, int, int]
     return linear, attention, contextual
 
 
-def _tower_flops(c: TwoViewComposition, found: list[Passage]) -> Flops:
-    """Of an encoder and its head, for one image's crops, which go through so."""
-    patches = sum(passage.views * (passage.tokens - 1) for passage in found)
-    embedding = patches * _patch_values(c) * c.embed_dim
-    head = sum(passage.views for passage in found) * _products(_head_layers(c))
-    return Flops(*(2 * part for part in (embedding, *_block_products(found, c.position), head)))
+def _tower_flops(c: TwoViewComposition, crops: list[tuple[int, int]]) -> Flops:
+    """Of an encoder and its head, for one image's crops of these tokens and numbers."""
+    embedding = sum((tokens - 1) * count for tokens, count in crops) * _patch_values(c) * c.embed_dim
+    head = sum(count for _, count in crops) * _products(_head_layers(c))
+    return Flops(*(2 * part for part in (embedding, *_block_products(_crop_passages(c, crops), c.position), head)))
 
 
 def _head_layers(c: TwoViewComposition) -> list[tuple[int, int]]:

@@ -71,7 +71,7 @@ class Tower(nn.Module):
 
     def features(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         """Normalised (R, C, h, w) -> (R, D)."""
-        pooled: Tensor = self.encoder.forward_head(self.encoder.forward_features(images, paths))
+        pooled: Tensor = self.encoder(images, paths)
         return pooled
 
     def features_in_pieces(self, images: Tensor, paths: Tensor | None, at_once: int) -> Tensor:

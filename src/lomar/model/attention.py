@@ -44,6 +44,7 @@ class Places(NamedTuple):
     extent: Grid | None = None
 
 
+ALL = slice(None)  # of the tokens
 # What `relate` makes of the coordinates for the blocks: a bias, places, or rows of a table and its grid.
 Relation = Tensor | Places | tuple[Tensor, Grid] | None
 
@@ -99,14 +100,16 @@ def contextual_bias(q: Tensor, table: Tensor, buckets: Tensor) -> Tensor:
     return by_bucket.gather(-1, buckets[:, None].expand(q.shape[0], q.shape[1], -1, -1))
 
 
-def contextual_by_products(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: Places, first: int = 0) -> Tensor:
+def contextual_by_products(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: Places, asked: slice = ALL
+) -> Tensor:
     """Attention with a contextual bias that is written out for every head: (R, heads, M, d)."""
-    return attend(q, k, v, contextual_bias(q, table, _buckets(places, first)))
+    return attend(q, k, v, contextual_bias(q, table, _buckets(places, asked)))
 
 
-def contextual_recomputed(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: Places, first: int = 0) -> Tensor:
+def contextual_recomputed(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: Places, asked: slice = ALL) -> Tensor:
     """The same, a few heads at a time and again in the backward pass: nothing of size heads x M x N is kept."""
-    buckets = _buckets(places, first)
+    buckets = _buckets(places, asked)
 
     def bias(q: Tensor, row: int, heads: slice) -> Tensor:
         return contextual_bias(q, table, buckets[row : row + 1] if len(buckets) > 1 else buckets)
@@ -141,18 +144,16 @@ def recomputed(q: Tensor, k: Tensor, v: Tensor, bias: Callable[[Tensor, int, sli
     return torch.cat(rows)
 
 
-def contextual_fused(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: Places, first: int = 0) -> Tensor:
+def contextual_fused(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: Places, asked: slice = ALL) -> Tensor:
     """The same in one Triton kernel, which looks the bias up block by block: (R, heads, M, d)."""
     from lomar.model.kernels import fused_attention
 
-    return fused_attention(q, k, v, table, places.at[:, first:], places.at)
+    return fused_attention(q, k, v, table, places.at[:, asked], places.at)
 
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Places, int], Tensor]
-
-# name -> attention with a contextual bias: q (R, heads, M, d), of the tokens from `first` on; k, v (R, heads, N, d);
-# the table (d, buckets); the places of all N tokens; first = N - M.
-BACKENDS: dict[str, Backend] = {
+# name -> attention with a contextual bias: q (R, heads, M, d), of the tokens that are asked for; k, v (R, heads, N, d);
+# the table (d, buckets); the places of all N tokens; which of them are asked for, all if not said.
+BACKENDS: dict[str, Callable[..., Tensor]] = {
     "products": contextual_by_products,
     "recomputed": contextual_recomputed,
     "fused": contextual_fused,
@@ -202,9 +203,9 @@ def as_fused() -> Iterator[None]:
         _weights_kept = True
 
 
-def _buckets(places: Places, first: int) -> Tensor:
+def _buckets(places: Places, asked: slice) -> Tensor:
     buckets = contextual_buckets(places.at) if places.buckets is None else places.buckets
-    return buckets[:, first:]
+    return buckets[:, asked]
 
 
 class Attention(nn.Module):
@@ -235,46 +236,46 @@ class Attention(nn.Module):
         """
         return None
 
-    def bias(self, q: Tensor, relation: Relation, first: int = 0) -> Tensor | None:
-        """What is added to the logits of the tokens from `first` on: (R or 1, heads, M, N), or None."""
+    def bias(self, q: Tensor, relation: Relation, asked: slice = ALL) -> Tensor | None:
+        """What is added to the logits of the tokens that are asked for: (R or 1, heads, M, N), or None."""
         assert relation is None or isinstance(relation, Tensor)
-        return relation if relation is None else relation[:, :, first:]
+        return relation if relation is None else relation[:, :, asked]
 
-    def mixed(self, q: Tensor, k: Tensor, v: Tensor, relation: Relation, first: int) -> Tensor:
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, relation: Relation, asked: slice) -> Tensor:
         """Values mixed as the logits say: (R, heads, M, d)."""
-        bias = self.bias(q, relation, first)
+        bias = self.bias(q, relation, asked)
         return attend(q, k, v, bias if bias is None else bias.to(q.dtype))
 
-    def forward(self, x: Tensor, relation: Relation, first: int = 0) -> Tensor:
-        """(R, N, D) tokens -> (R, N - first, D), what the tokens from `first` on gather from all.
+    def forward(self, x: Tensor, relation: Relation, asked: slice = ALL) -> Tensor:
+        """(R, N, D) tokens -> (R, M, D), what those that are asked for gather from all.
 
         Args:
             x: tokens.
             relation: what `relate` gave.
-            first: the tokens before this one are looked at, but do not look.
+            asked: which of the tokens look; the others are looked at alone.
         """
-        q, k, v = self._project(x, first)
-        out = self.mixed(q, k, v, relation, first)  # (R, heads, N - first, D / heads)
+        q, k, v = self._project(x, asked)
+        out = self.mixed(q, k, v, relation, asked)  # (R, heads, M, D / heads)
         return self.proj(out.transpose(1, 2).flatten(2))
 
-    def weights(self, x: Tensor, relation: Relation, first: int = 0) -> Tensor:
-        """Where the tokens from `first` on look: (R, heads, N - first, N), rows of sum 1; for pictures, statistics."""
-        q, k, _ = self._project(x, first)
+    def weights(self, x: Tensor, relation: Relation, asked: slice = ALL) -> Tensor:
+        """Where the tokens that are asked for look: (R, heads, M, N), rows of sum 1; for pictures, statistics."""
+        q, k, _ = self._project(x, asked)
         logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        bias = self.bias(q, relation, first)
+        bias = self.bias(q, relation, asked)
         return (logits if bias is None else logits + bias).softmax(dim=-1)
 
-    def _project(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the tokens from `first` on, keys and values of all: (R, heads, M or N, d) each."""
+    def _project(self, x: Tensor, asked: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the tokens that are asked for, keys and values of all: (R, heads, M or N, d) each."""
         width = x.shape[-1]
         bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        if not first:
+        if asked == ALL:
             q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
         else:
             of_q, of_kv = (None, None) if bias is None else (bias[:width], bias[width:])
-            q = F.linear(x[:, first:], self.qkv.weight[:width], of_q)
+            q = F.linear(x[:, asked], self.qkv.weight[:width], of_q)
             k, v = F.linear(x, self.qkv.weight[width:], of_kv).chunk(2, dim=-1)
         q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (q, k, v))
         return q, k, v
@@ -292,16 +293,16 @@ class ContextualAttention(Attention):
         at = with_cls(coordinates)
         return Places(at, None if _may_be_fused(at.device) else contextual_buckets(at))
 
-    def bias(self, q: Tensor, relation: Relation, first: int = 0) -> Tensor:
+    def bias(self, q: Tensor, relation: Relation, asked: slice = ALL) -> Tensor:
         """(R, heads, M, N)."""
         assert isinstance(relation, Places)
-        return contextual_bias(q, self.rpe.table, _buckets(relation, first))
+        return contextual_bias(q, self.rpe.table, _buckets(relation, asked))
 
-    def mixed(self, q: Tensor, k: Tensor, v: Tensor, relation: Relation, first: int) -> Tensor:
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, relation: Relation, asked: slice) -> Tensor:
         """(R, heads, M, d), by the backend for this device and length."""
         assert isinstance(relation, Places)
         backend = BACKENDS[backend_for(q, k.shape[-2])]
-        return backend(q, k, v, self.rpe.table, relation, first)
+        return backend(q, k, v, self.rpe.table, relation, asked)
 
 
 class BiasedAttention(Attention):
@@ -315,8 +316,8 @@ class BiasedAttention(Attention):
         """Rows of the table, and the grid it must cover."""
         return self.rel_pos_bias.relate(coordinates, extent)
 
-    def bias(self, q: Tensor, relation: Relation, first: int = 0) -> Tensor:
+    def bias(self, q: Tensor, relation: Relation, asked: slice = ALL) -> Tensor:
         """(R or 1, heads, M, N)."""
         assert isinstance(relation, tuple) and not isinstance(relation, Places)
         index, grid = relation
-        return self.rel_pos_bias((index[:, first:], grid))
+        return self.rel_pos_bias((index[:, asked], grid))

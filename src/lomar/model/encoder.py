@@ -12,7 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from lomar.model.attention import Relation
+from lomar.model.attention import ALL, Relation
 from lomar.model.initialisation import INITIALISATIONS
 from lomar.model.positions import Grid, grid_coordinates, resize_absolute
 from lomar.model.transformer import NORM_EPS, Transformer
@@ -209,7 +209,11 @@ class Encoder(Transformer):
             x: the images.
             paths: (B, depth, 2) uniform numbers that decide for drop path; without them it draws its own in training.
         """
-        return self.norm(self.run_blocks(*self._tokens(x), paths=paths))
+        return self._features(x, paths, ALL)
+
+    def _features(self, x: Tensor, paths: Tensor | None, asked: slice) -> Tensor:
+        """Those of the tokens (B, M, D) that are asked for."""
+        return self.norm(self.run_blocks(*self._tokens(x), paths=paths, asked=asked))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, 1 + N, D) tokens -> logits (B, num_classes), or the pooled features before `head`."""
@@ -217,9 +221,17 @@ class Encoder(Transformer):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, height, width) normalised images -> logits, or pooled features where there is no classifier."""
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor, paths: Tensor | None = None) -> Tensor:
+        """(B, C, height, width) normalised images -> logits, or pooled features where there is no classifier.
+
+        Where the cls token is what is pooled, the last block works for it alone; that changes no number.
+
+        Args:
+            x: the images.
+            paths: as for `forward_features`.
+        """
+        asked = slice(0, 1) if self.global_pool == "token" else ALL
+        return self.forward_head(self._features(x, paths, asked))
 
     def forward_intermediates(
         self,

@@ -23,7 +23,7 @@ def recorded_attention(blocks: Iterable[nn.Module], keep: Callable[[Tensor], Kep
     Args:
         blocks: those to look into, such as `transformer.blocks[1::2]`; the others run as ever.
         keep: weights (R, heads, queries, tokens) of a block, rows of sum 1, cls first -> what to keep of them. The
-            queries are the last tokens where not all are asked for.
+            queries are the tokens that are asked for.
     """
     kept: list[Kept] = []
 

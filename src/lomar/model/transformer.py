@@ -7,7 +7,7 @@ from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lomar.model.attention import Attention, BiasedAttention, ContextualAttention, Relation
+from lomar.model.attention import ALL, Attention, BiasedAttention, ContextualAttention, Relation
 from lomar.model.positions import Grid, RelativeBias, learned_table, resize_absolute, sincos_table
 
 NORM_EPS = 1e-6
@@ -38,24 +38,24 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width, init_values) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, relation: Relation, keep: Tensor | None = None, first: int = 0) -> Tensor:
-        """Tokens (R, N, D) -> (R, N - first, D).
+    def forward(self, x: Tensor, relation: Relation, keep: Tensor | None = None, asked: slice = ALL) -> Tensor:
+        """Tokens (R, N, D) -> (R, M, D).
 
         Args:
             x: tokens.
             relation: what the attention's `relate` gave.
             keep: factor of each branch in each row (R, 2), in the place of drop path's own draw.
-            first: the token from which on they are asked for; those before are looked at and go no further.
+            asked: which of the tokens are wanted; the others are looked at and go no further.
         """
-        branch = self.attended(x, relation, first)
-        x = x[:, first:] if first else x
+        branch = self.attended(x, relation, asked)
+        x = x if asked == ALL else x[:, asked]
         x = x + (self.drop_path(branch) if keep is None else branch * keep[:, 0, None, None].to(branch.dtype))
         branch = self.ls2(self.mlp(self.norm2(x)))
         return x + (self.drop_path(branch) if keep is None else branch * keep[:, 1, None, None].to(branch.dtype))
 
-    def attended(self, x: Tensor, relation: Relation, first: int) -> Tensor:
-        """The first branch: (R, N - first, D), what is added to the tokens from `first` on."""
-        return self.ls1(self.attn(self.norm1(x), relation, first))
+    def attended(self, x: Tensor, relation: Relation, asked: slice) -> Tensor:
+        """The first branch: (R, M, D), what is added to the tokens that are asked for."""
+        return self.ls1(self.attn(self.norm1(x), relation, asked))
 
 
 class Transformer(nn.Module):
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         first: int = 0,
         last: int | None = None,
         paths: Tensor | None = None,
-        asked_from: int = 0,
+        asked: slice = ALL,
     ) -> Tensor:
         """Tokens after blocks `first` to `last` (exclusive).
 
@@ -163,24 +163,24 @@ class Transformer(nn.Module):
             first, last: range of blocks.
             paths: (R, depth, 2) uniform numbers that decide for drop path, so that a sample's draw is its own; without
                 them it draws from torch's global generator.
-            asked_from: the first token that is wanted; the last block spares what the others would need of it alone.
+            asked: which of the tokens are wanted; the last block spares what the others would need of it alone.
 
         Returns:
-            (R, 1 + N - asked_from, D).
+            (R, M, D), of M that are asked for.
         """
         keep = None if paths is None else (paths >= self.drop_rates[:, None]) / (1 - self.drop_rates[:, None])
         blocks = list(enumerate(self.blocks))[first:last]
         for i, block in blocks:
             ends = i == blocks[-1][0]
-            x = self._run(block, x, relation, None if keep is None else keep[:, i], asked_from if ends else 0)
+            x = self._run(block, x, relation, None if keep is None else keep[:, i], asked if ends else ALL)
         return x
 
     def _run(
-        self, block: nn.Module, x: Tensor, relation: Relation, keep: Tensor | None = None, first: int = 0
+        self, block: nn.Module, x: Tensor, relation: Relation, keep: Tensor | None = None, asked: slice = ALL
     ) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, relation, keep, first, use_reentrant=False)
-        return block(x, relation, keep, first)
+            return checkpoint(block, x, relation, keep, asked, use_reentrant=False)
+        return block(x, relation, keep, asked)
 
     def set_grid(self, grid: Grid) -> None:
         """Be made for another grid: tables that depend on it are resized for good."""
