@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a core: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 Row = dict[str, Any]
 Command = Callable[..., "Outcome"]
 

@@ -34,7 +34,7 @@ given_options = st.fixed_dictionaries(
     optional={
         "model": st.sampled_from(["tiny", "base", "huge", "24x4x3"]),
         "image_size": st.integers(7, 1024),
-        "batch_size": st.integers(1, 10**5),
+        "batch_size": st.integers(2, 10**5),
         "base_lr": st.floats(1e-6, 1),
         "workers": st.integers(0, 9),
         "precision": st.sampled_from(["fp32", "bf16"]),

@@ -191,7 +191,7 @@ def test_any_configuration_trains_a_step_or_is_refused_by_one_line(world: Path) 
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "run")
             given = {"data": world / f"{channels}-{dtype}", "out": out, "max_steps": 1, "workers": 0, "device": "cpu"}
-            if RECIPES[options["method"]].options["target"] == "tokens" or options.get("target") == "tokens":
+            if RECIPES[options["method"]].options.get("target") == "tokens" or options.get("target") == "tokens":
                 given["tokenizer"] = world / f"{min(3, channels)}.safetensors"
             if by_file:  # which may hold more than the method has a use for
                 config = Path(folder, "some.yaml")
