@@ -13,6 +13,8 @@ from kept import last_state
 from processes import in_two_processes
 
 import lomar as package
+from lomar.cli import parse
+from lomar.commands.settling import asked_for_pretraining, settle
 from lomar.training.checkpoint import Checkpoints
 
 Course = Callable[[Path], list[tuple[int, float, float, float]]]
@@ -144,6 +146,26 @@ def test_what_does_not_fit_is_one_line(
     done = compare(tmp_path / "run", method, "--max-steps 2", words)
     assert done.status == 2 and said in done.err and "Traceback" not in done.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "length", "told"),
+    [
+        ("dino", "--epochs 3", True),
+        ("dino", "--max-steps 999", True),
+        ("dino", "--max-steps 1000", False),
+        ("mocov3", "--epochs 3", False),
+    ],
+)
+def test_a_run_that_is_short_for_dino_is_told_of(
+    photos: Path, tmp_path: Path, method: str, length: str, told: bool
+) -> None:
+    """Eight images in batches of four: two steps an epoch."""
+    words = f"--method {method} --model 16x2x2 --image-size 32 --patch-size 8 --batch-size 4 --micro-batch 4 {length}"
+    given = parse("pretrain", ["--data", str(photos), "--out", "x", "--device", "cpu", *words.split()])
+    notes = settle(asked_for_pretraining(given), tmp_path / "run").notes
+    line = "steps are few for dino, which learns little in the first 1000: give it more --epochs"
+    assert any(line in note for note in notes) == told
 
 
 def test_masked_methods_have_no_part_of_these(pretrain: Callable[..., Any], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lomar.commands.runs import (
     notes_on,
     stored,
 )
-from lomar.commands.two_view_settling import check_views, fitted_views, kept_by_views
+from lomar.commands.two_view_settling import check_views, fitted_views, kept_by_views, told_of_length
 from lomar.data.decode import PixelFormat
 from lomar.data.loader import SampleKey
 from lomar.data.opening import open_source
@@ -185,6 +185,8 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
             ) from None
         settled.options = PretrainOptions(**values | {"micro_batch": choices["micro_batch"].value})
     settled.notes = notes_on(found, choices, settled.options.image_size)
+    if recipe.objective:
+        settled.notes += told_of_length(recipe.objective, values, found.count)
     return settled
 
 

@@ -20,6 +20,7 @@ HEADS = {"dino": (2048, 65_536), "mocov3": (4096, 256)}
 BASE_MOMENTUM = {"dino": 0.996, "mocov3": 0.99}
 # A teacher that lags by more than a tenth of the run holds it up: 1 - momentum is at least this many over the steps.
 FOLLOWED = 10
+SLOW_TO_BEGIN = 1000  # steps; for hundreds of them DINO's loss stays where equal shares have it (docs/results.md)
 # Of the run: learning rate, DINO's 10 of 100 epochs and MoCo v3's 40 of 300; DINO's temperature, 30 of 300; frozen, 1
 # of 100.
 WARMUP_SHARE = {"dino": (0.1, "DINO's 10 of 100 epochs"), "mocov3": (40 / 300, "MoCo v3's 40 of 300 epochs")}
@@ -61,8 +62,7 @@ def fitted_views(objective: str, values: Mapping[str, Any], wanted: Collection[s
         count: images.
     """
     choices = fitted_sizes(objective, values, wanted)
-    epochs = values["epochs"] or values["max_steps"] * values["batch_size"] / count
-    steps = max(1.0, epochs * count / values["batch_size"])
+    epochs, steps = _length(values, count)
     base = BASE_MOMENTUM[objective]
     momentum = round(min(base, max(0.5, 1 - FOLLOWED / steps)), 4)
     reason = (
@@ -78,6 +78,28 @@ def fitted_views(objective: str, values: Mapping[str, Any], wanted: Collection[s
         frozen = min(1.0, FROZEN_SHARE * epochs)
         choices["freeze_last_layer"] = Choice(round(frozen, 4), "DINO's" if frozen == 1 else "a hundredth of the run")
     return {name: choice for name, choice in choices.items() if name not in wanted}
+
+
+def told_of_length(objective: str, values: Mapping[str, Any], count: int) -> list[str]:
+    """Lines for the user where a run is too short for its method.
+
+    Args:
+        objective: one of `lomar.methods.recipes.OBJECTIVES`.
+        values: of the options.
+        count: images.
+    """
+    _, steps = _length(values, count)
+    if objective != "dino" or steps >= SLOW_TO_BEGIN:
+        return []
+    return [
+        f"{steps:.0f} steps are few for dino, which learns little in the first {SLOW_TO_BEGIN}: give it more --epochs"
+    ]
+
+
+def _length(values: Mapping[str, Any], count: int) -> tuple[float, float]:
+    """Passes over the images, and steps."""
+    epochs = values["epochs"] or values["max_steps"] * values["batch_size"] / count
+    return epochs, max(1.0, epochs * count / values["batch_size"])
 
 
 def check_views(objective: str, values: Mapping[str, Any]) -> None:
