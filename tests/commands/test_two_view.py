@@ -103,8 +103,9 @@ def test_two_processes_give_the_losses_and_weights_of_one(
     np.testing.assert_allclose(np.array(course(run)), np.array(course(tmp_path / "one")), rtol=1e-3)
     ends = [last_state(each)["model"] for each in (run, tmp_path / "one")]
     for name, weights in ends[1].items():
-        # A softmax does not see keys' biases, nor batch norm what is added before it: they learn from rounding.
-        loose = 1e-2 if name.endswith(("qkv.bias", "encoder.norm.bias")) else 2e-4
+        # A softmax does not see keys' biases, nor batch norm what is added before it: they learn from rounding. Images
+        # are nearly alike to fresh weights, so that batch norm magnifies rounding too.
+        loose = 1e-2 if name.endswith(("qkv.bias", "encoder.norm.bias", "running_mean")) else 5e-4
         np.testing.assert_allclose(ends[0][name], weights, rtol=1e-2, atol=loose, err_msg=name)
 
 
@@ -112,7 +113,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(
 def test_micro_batches_change_nothing(compare: Callable[..., Any], tmp_path: Path, course: Course, method: str) -> None:
     for name, words in (("whole", "--micro-batch 4"), ("parts", "--micro-batch 3")):
         assert compare(tmp_path / name, method, "--max-steps 3", words).status == 0
-    np.testing.assert_allclose(np.array(course(tmp_path / "parts")), np.array(course(tmp_path / "whole")), rtol=1e-4)
+    np.testing.assert_allclose(np.array(course(tmp_path / "parts")), np.array(course(tmp_path / "whole")), rtol=1e-3)
 
 
 def test_what_follows_from_sizes_and_length_is_told_and_kept(compare: Callable[..., Any], tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def small_views(name: str, **changes: Any) -> TwoViewComposition:
 
 VIEW_CASES = [
     small_views("dino"),
-    small_views("dino", local_crops=0),
+    small_views("dino", local_crops=0, norm_last_layer="no"),
     small_views("dino", local_crops=3, position="contextual", mean=(0.5,), std=(0.2,), mlp_ratio=3.0),
     small_views("dino", patch_embed="frozen", position="block-bias", layer_scale=0.1),
     small_views("mocov3"),

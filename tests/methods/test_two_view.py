@@ -155,7 +155,7 @@ def test_floats_have_no_white_that_bounds_them() -> None:
 
 
 def test_heads_of_dino_begin_as_in_its_code() -> None:
-    head = PrototypeHead(200, 300, 64, 50)
+    head = PrototypeHead(200, 300, 50, bottleneck=64)
     for layer in head.mlp:
         if isinstance(layer, nn.Linear):
             assert abs(float(layer.weight.std()) - 0.02) < 0.001 and not layer.bias.any()
@@ -270,11 +270,14 @@ def test_the_teachers_temperature_rises_over_its_epochs_and_stays() -> None:
     assert found == pytest.approx([0.04, 0.05, 0.06, 0.08, 0.08])
 
 
-def test_prototypes_stay_as_they_are_while_they_are_frozen() -> None:
-    method = made("dino", freeze_last_layer=0.5)
+@pytest.mark.parametrize("unit", ["yes", "no"])
+def test_prototypes_stay_as_they_are_while_they_are_frozen(unit: str) -> None:
+    method = made("dino", freeze_last_layer=0.5, norm_last_layer=unit)
     head = method.student.head
     assert isinstance(head, PrototypeHead)
-    began = head.prototypes.detach().clone()
+    watched = [head.prototypes] if head.lengths is None else [head.prototypes, head.lengths]
+    assert len(watched) == 1 + (unit == "no")
+    began = copy.deepcopy(watched)
     method.set_course(4, steps_per_epoch=4)
     optimizer = adamw(method, 0.1, (0.9, 0.95))
     for step in range(3):
@@ -286,7 +289,7 @@ def test_prototypes_stay_as_they_are_while_they_are_frozen() -> None:
         optimizer.step()
         optimizer.zero_grad()
         method.after_update()
-        assert torch.equal(head.prototypes, began) == (step < 2)
+        assert [torch.equal(*pair) for pair in zip(began, watched, strict=True)] == [step < 2] * len(watched)
 
 
 def test_the_numbers_tell_spread_features_from_equal_ones() -> None:
@@ -367,7 +370,7 @@ def test_drop_path_is_the_samples_own() -> None:
 
 
 def test_prototypes_are_compared_by_their_direction_alone() -> None:
-    head = PrototypeHead(5, 7, 3, 11)
+    head = PrototypeHead(5, 7, 11, bottleneck=3)
     x = torch.randn(2, 5)
     before = head(x)
     with torch.no_grad():
@@ -399,11 +402,22 @@ def test_plain_values_rebuild_a_composition() -> None:
     assert composition.local_grid == (6, 6)
 
 
+def test_prototypes_may_learn_their_lengths() -> None:
+    """Outputs are cosines times lengths, which begin as one."""
+    fixed, free = (PrototypeHead(6, 10, 12, bottleneck=4, unit_length=unit) for unit in (True, False))
+    assert free.load_state_dict(fixed.state_dict(), strict=False).missing_keys == ["lengths"]
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(free(x), fixed(x))
+    assert free.lengths is not None
+    free.lengths.data = torch.arange(12.0)[:, None]
+    torch.testing.assert_close(free(x), fixed(x) * torch.arange(12.0))
+
+
 def test_head_and_loss_of_dino_are_lightlys() -> None:
     """Where lightly is installed; it is no dependency."""
     loss = pytest.importorskip("lightly.loss")
     heads = pytest.importorskip("lightly.models.modules.heads")
-    ours = PrototypeHead(6, 10, 4, 12)
+    ours = PrototypeHead(6, 10, 12, bottleneck=4)
     theirs = heads.DINOProjectionHead(6, 10, 4, 12)
     linear = [layer for layer in theirs.layers if isinstance(layer, nn.Linear)]
     for own, other in zip([layer for layer in ours.mlp if isinstance(layer, nn.Linear)], linear, strict=True):

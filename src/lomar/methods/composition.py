@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from lomar.methods.architectures import Architecture, EncoderDecoder, MaskedEncoder, Stage
 from lomar.methods.distortion import Distortion
+from lomar.methods.heads import PrototypeHead, batch_normed_mlp
 from lomar.methods.masks import BlockwiseMask, KeptMask, Share, UniformMask
 from lomar.methods.reconstruction import MaskedReconstruction
 from lomar.methods.targets import TARGETS
@@ -228,6 +229,7 @@ class TwoViewComposition(EncoderComposition):
         teacher_temperature: DINO's teacher's, at the beginning and the end of its warm-up.
         teacher_temperature_epochs: passes over the images that it lasts.
         freeze_last_layer: passes over the images that DINO's prototypes are frozen for.
+        norm_last_layer: "yes" where they keep unit length, "no" where each learns its own.
     """
 
     objective: str
@@ -247,6 +249,7 @@ class TwoViewComposition(EncoderComposition):
     teacher_temperature: tuple[float, float] = (1.0, 1.0)
     teacher_temperature_epochs: float = 0.0
     freeze_last_layer: float = 0.0
+    norm_last_layer: str = "yes"
 
     @property
     def view_size(self) -> Grid:
@@ -274,14 +277,16 @@ class TwoViewComposition(EncoderComposition):
             "std": self.std,
             "scale": self.scale,
             "momentum": self.momentum,
-            "hidden": self.head_width,
             "temperature": self.temperature,
         }
+        width, outputs = self.head_width, self.head_outputs
         if self.objective == "mocov3":
-            return MoCoV3(**common, outputs=self.head_outputs)
+            projector = batch_normed_mlp(self.embed_dim, width, outputs, layers=3)
+            return MoCoV3(**common, head=projector, predictor=batch_normed_mlp(outputs, width, outputs, layers=2))
+        unit_length = {"yes": True, "no": False}[self.norm_last_layer]
         return DINO(
             **common,
-            prototypes=self.head_outputs,
+            head=PrototypeHead(self.embed_dim, width, outputs, unit_length=unit_length),
             teacher_temperature=self.teacher_temperature,
             temperature_epochs=self.teacher_temperature_epochs,
             frozen_epochs=self.freeze_last_layer,

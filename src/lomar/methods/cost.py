@@ -7,8 +7,9 @@ from dataclasses import astuple, dataclass, replace
 from typing import NamedTuple
 
 from lomar.methods.composition import Composition, TwoViewComposition
+from lomar.methods.heads import BOTTLENECK
 from lomar.methods.tokenizer import GROUPS, STRIDE
-from lomar.methods.two_view import BOTTLENECK, LARGE_CROPS
+from lomar.methods.two_view import LARGE_CROPS
 from lomar.model.positions import BUCKETS, Grid
 
 STEP = 3  # forward passes that a training step costs: the backward pass is two products for each one
@@ -217,8 +218,10 @@ def trained_parameters(c: Composition | TwoViewComposition) -> int:
 
 
 def _head_vectors(c: TwoViewComposition) -> int:
-    """Biases of DINO's perceptron; factors and offsets of three of MoCo v3's batch norms."""
-    return 2 * c.head_width + BOTTLENECK if c.objective == "dino" else 3 * 2 * c.head_width
+    """Biases of DINO's perceptron and lengths of prototypes; factors and offsets of three of MoCo v3's batch norms."""
+    if c.objective == "mocov3":
+        return 3 * 2 * c.head_width
+    return 2 * c.head_width + BOTTLENECK + (c.head_outputs if c.norm_last_layer == "no" else 0)
 
 
 def _transformer_parameters(

@@ -33,19 +33,25 @@ class BatchNorm(nn.BatchNorm1d):
         return (normalised if self.weight is None else normalised * self.weight + self.bias).to(x.dtype)
 
 
+BOTTLENECK = 256  # width of what DINO compares with its prototypes
+
+
 class PrototypeHead(nn.Module):
     """DINO's head: three layers, unit length, and directions to compare with.
 
     Args:
         width: D, of the encoder.
         hidden: width of the perceptron's layers.
+        prototypes: K, directions.
         bottleneck: width of what is compared.
-        prototypes: K, directions; of unit length, their matrix has no other scale that could grow.
+        unit_length: whether prototypes keep their length, as in the source's default; else each learns its own.
 
-    Source: DINO's released code, with its last layer normalised, which is the default.
+    Source: DINO's released code (its `norm_last_layer`).
     """
 
-    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int) -> None:
+    def __init__(
+        self, width: int, hidden: int, prototypes: int, bottleneck: int = BOTTLENECK, unit_length: bool = True
+    ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
@@ -56,10 +62,19 @@ class PrototypeHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
         nn.init.kaiming_uniform_(self.prototypes, a=5**0.5)  # as torch's linear layers begin
+        self.lengths = None if unit_length else nn.Parameter(torch.ones(prototypes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, K), cosines of the bottleneck's vectors with the prototypes."""
-        return nn.functional.linear(nn.functional.normalize(self.mlp(x)), nn.functional.normalize(self.prototypes))
+        """(B, D) -> (B, K), cosines of the bottleneck's vectors with the prototypes, times these ones' lengths."""
+        directions = nn.functional.normalize(self.prototypes)
+        prototypes = directions if self.lengths is None else self.lengths * directions
+        return nn.functional.linear(nn.functional.normalize(self.mlp(x)), prototypes)
+
+    def freeze(self) -> None:
+        """Let the next update leave the prototypes as they are."""
+        self.prototypes.grad = None
+        if self.lengths is not None:
+            self.lengths.grad = None
 
 
 def batch_normed_mlp(width: int, hidden: int, outputs: int, layers: int) -> nn.Sequential:

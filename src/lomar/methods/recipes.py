@@ -24,6 +24,7 @@ OF_DINO = frozenset(
         "teacher_temperature",
         "teacher_temperature_epochs",
         "freeze_last_layer",
+        "norm_last_layer",
     )
 )
 
@@ -169,6 +170,7 @@ DINO = COMPARED | {
     "local_scale": (0.05, 0.4),
     "temperature": 0.1,
     "teacher_temperature": (0.04, 0.04),
+    "norm_last_layer": "yes",
     "weight_decay": 0.04,
     "weight_decay_end": 0.4,
     "min_lr": 1e-6,

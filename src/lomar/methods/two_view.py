@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lomar.data.loader import SampleKey
 from lomar.methods.distortion import Distortion, distort
 from lomar.methods.gathering import rows_of_all, summed
-from lomar.methods.heads import PrototypeHead, batch_normed_mlp
+from lomar.methods.heads import PrototypeHead
 from lomar.model import Encoder
 from lomar.seeding import seeded
 
@@ -26,7 +26,6 @@ CENTRE_MOMENTUM = 0.9
 # Of features, below which all images look alike; a healthy run may begin so, and leaves it soon.
 LEAST_DEVIATION, COLLAPSED_STEPS = 0.05, 50
 LEAST_ENTROPY = 0.01  # of DINO's outputs, from nothing or from that of equal shares, in nats
-BOTTLENECK = 256  # width of what DINO compares with its prototypes
 
 
 @dataclass(frozen=True)
@@ -267,8 +266,7 @@ class DINO(TwoView):
     The teacher is what a run gives away.
 
     Args:
-        encoder, teacher_encoder, distortions, mean, std, scale, momentum: as for `TwoView`.
-        hidden, prototypes: of the heads.
+        encoder, teacher_encoder, head, distortions, mean, std, scale, momentum: as for `TwoView`.
         temperature: of the student's softmax.
         teacher_temperature: of the teacher's, at the beginning and at the end of its warm-up.
         temperature_epochs: passes over the images that it rises for, linearly.
@@ -283,25 +281,23 @@ class DINO(TwoView):
         self,
         encoder: Encoder,
         teacher_encoder: Encoder,
+        head: PrototypeHead,
         distortions: tuple[Distortion, ...],
         mean: tuple[float, ...],
         std: tuple[float, ...],
         scale: float,
         momentum: float,
-        hidden: int,
-        prototypes: int,
         temperature: float,
         teacher_temperature: tuple[float, float],
         temperature_epochs: float,
         frozen_epochs: float,
     ) -> None:
-        head = PrototypeHead(encoder.embed_dim, hidden, BOTTLENECK, prototypes)
         super().__init__(encoder, teacher_encoder, head, distortions, mean, std, scale, momentum)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.temperature_epochs = temperature_epochs
         self.frozen_epochs = frozen_epochs
-        self.register_buffer("centre", torch.zeros(1, prototypes))
+        self.register_buffer("centre", torch.zeros(1, len(head.prototypes)))
         self._outputs: Tensor | None = None  # of the teacher, summed over the micro-batches of a step
         self._rows = 0
 
@@ -369,7 +365,9 @@ class DINO(TwoView):
     def before_update(self) -> None:
         """While they are frozen, the prototypes have no gradient."""
         if self.step < self.frozen_epochs * self.steps_per_epoch:
-            self.student.head.prototypes.grad = None
+            head = self.student.head
+            assert isinstance(head, PrototypeHead)
+            head.freeze()
 
     def after_update(self) -> dict[str, Tensor]:
         """The teacher follows, and so does the centre the mean of its outputs."""
@@ -389,9 +387,9 @@ class MoCoV3(TwoView):
     so that a process gets its share whole; what goes through the encoder `at_once` bounds the memory.
 
     Args:
-        encoder, teacher_encoder, distortions, mean, std, scale, momentum: as for `TwoView`; the teacher is the momentum
-            encoder.
-        hidden, outputs: of projectors and predictor.
+        encoder, teacher_encoder, head, distortions, mean, std, scale, momentum: as for `TwoView`; the teacher is the
+            momentum encoder, the head the projector.
+        predictor: behind the projector of the encoder that learns, (B, K) -> (B, K).
         temperature: of the softmax over the keys.
 
     Source: MoCo v3, Algorithm 1 and its released code.
@@ -404,18 +402,17 @@ class MoCoV3(TwoView):
         self,
         encoder: Encoder,
         teacher_encoder: Encoder,
+        head: nn.Module,
+        predictor: nn.Module,
         distortions: tuple[Distortion, ...],
         mean: tuple[float, ...],
         std: tuple[float, ...],
         scale: float,
         momentum: float,
-        hidden: int,
-        outputs: int,
         temperature: float,
     ) -> None:
-        projector = batch_normed_mlp(encoder.embed_dim, hidden, outputs, layers=3)
-        super().__init__(encoder, teacher_encoder, projector, distortions, mean, std, scale, momentum)
-        self.predictor = batch_normed_mlp(outputs, hidden, outputs, layers=2)
+        super().__init__(encoder, teacher_encoder, head, distortions, mean, std, scale, momentum)
+        self.predictor = predictor
         self.temperature = temperature
 
     def begin(self, step: int) -> None:

@@ -262,6 +262,13 @@ class PretrainOptions:
         low=0,
         metavar="E",
     )
+    norm_last_layer: str | None = option(
+        "whether prototypes keep unit length: yes, no; DINO's code advises no for small encoders",
+        default=None,
+        auto="dino: yes",
+        choices=("yes", "no"),
+        metavar="WORD",
+    )
     # What it sees
     crop_scale: tuple[float, float] = option(
         "smallest and largest share of an image's area that a crop covers", auto="lomar: 0.2 1", above=0, high=1
