@@ -90,6 +90,16 @@ def test_a_step_changes_every_weight(name: str, place: Place, trained: list[nn.M
     assert changed_by(step, trained[0]) >= {each for each in weights if not each.endswith("qkv.bias")}
 
 
+def test_a_place_computes_in_the_cells_precision(miniature: None) -> None:
+    found = []
+    for precision in ("fp32", "bf16"):
+        place = Place.found(Cell("nothing", device="cpu", precision=precision))
+        layer = place.fabric.setup_module(nn.Linear(8, 8))
+        torch.nn.init.constant_(layer.weight, 1.001)
+        found.append(float(layer(torch.ones(1, 8))[0, 0].detach() - layer.bias[0].detach()))
+    assert found[0] == pytest.approx(8.008, abs=1e-4) and found[1] != pytest.approx(8.008, abs=1e-4)
+
+
 @pytest.mark.parametrize("data", [None, "photos"])
 @pytest.mark.parametrize("name", ["dino", "mocov3"])
 def test_a_step_of_two_views_changes_every_weight_and_the_teacher_follows(

@@ -78,6 +78,16 @@ def test_a_run_tells_what_it_does_and_leaves_a_detector(detect: Command, tmp_pat
     assert (tmp_path / "run" / "figures" / "detections.png").exists()
 
 
+def test_a_run_in_bfloat16_begins_near_one_in_float32(detect: Command, tmp_path: Path, rows: Any) -> None:
+    """Rounding decides which of the regions that are nearly alike are looked at."""
+    losses = []
+    for precision in ("fp32", "bf16"):
+        done = detect(tmp_path / precision, "--max-steps 1 --precision", precision)
+        assert done.status == 0, done.err
+        losses.append(next(row["loss"] for row in rows(tmp_path / precision) if "loss" in row))
+    assert losses[0] == pytest.approx(losses[1], rel=0.2) and losses[0] != losses[1]
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(
     detect: Command, lomar: Command, tmp_path: Path, interrupted_at: Callable[[int], None], course: Any
 ) -> None:

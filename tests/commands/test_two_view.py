@@ -111,9 +111,11 @@ def test_two_processes_give_the_losses_and_weights_of_one(
 
 @pytest.mark.parametrize("method", ["dino", "mocov3"])
 def test_micro_batches_change_nothing(compare: Callable[..., Any], tmp_path: Path, course: Course, method: str) -> None:
+    # Fresh weights find images nearly alike, which batch norm magnifies, and rounding with it: the norm is above 1000.
+    rtol = {"dino": 1e-4, "mocov3": 1e-3}[method]
     for name, words in (("whole", "--micro-batch 4"), ("parts", "--micro-batch 3")):
         assert compare(tmp_path / name, method, "--max-steps 3", words).status == 0
-    np.testing.assert_allclose(np.array(course(tmp_path / "parts")), np.array(course(tmp_path / "whole")), rtol=1e-3)
+    np.testing.assert_allclose(np.array(course(tmp_path / "parts")), np.array(course(tmp_path / "whole")), rtol=rtol)
 
 
 def test_what_follows_from_sizes_and_length_is_told_and_kept(compare: Callable[..., Any], tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_a_run_that_is_short_for_dino_is_told_of(
     words = f"--method {method} --model 16x2x2 --image-size 32 --patch-size 8 --batch-size 4 --micro-batch 4 {length}"
     given = parse("pretrain", ["--data", str(photos), "--out", "x", "--device", "cpu", *words.split()])
     notes = settle(asked_for_pretraining(given), tmp_path / "run").notes
-    line = "steps are few for dino, which learns little in the first 1000: give it more --epochs"
+    line = "steps are few for dino: runs of 450 showed no rise over random weights, one of 1,480 did"
     assert any(line in note for note in notes) == told
 
 

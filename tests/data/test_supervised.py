@@ -37,7 +37,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
 
 
 def batches(labelled: Labelled, augmentation: Augmentation, fmt: PixelFormat = RGB8, **words: int) -> list[MicroBatch]:
-    told = {name: words.pop(name) for name in ("depth", "with_masks") if name in words}
+    told = {name: words.pop(name) for name in ("depth",) if name in words}
     batching = Batching(**({"seed": 5, "batch_size": 6, "micro_batch": 6, "total_batches": 4} | words))
     return list(training_batches(labelled, fmt, augmentation, scaled, **({"depth": 0} | told), batching=batching))
 

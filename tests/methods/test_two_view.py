@@ -244,6 +244,7 @@ def test_a_micro_batch_bounds_what_goes_through_the_encoder_and_changes_nothing(
         losses, _ = method(**batch(method, images=8))
         losses.backward()
         gradients.append({n: p.grad for n, p in method.named_parameters() if p.grad is not None})
+    # Of some weights the gradient is rounding alone, and as large as the processor makes it.
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 

@@ -59,9 +59,10 @@ def problem(
     dtype: torch.dtype = torch.float32,
     grid: tuple[int, int] | None = None,
     own_places: bool = True,
+    asked: slice | None = None,
     seed: int = 0,
 ) -> Problem:
-    """Random tokens at distinct cells of a grid in random order, cls among them; the queries are the last m tokens."""
+    """Random tokens at distinct cells of a grid in random order, cls among them; m queries, the last if not said."""
     generator = torch.Generator().manual_seed(seed)
     side = next(side for side in range(1, n + 1) if side * side >= n - 1)
     grid = grid or (side, side)
@@ -78,7 +79,7 @@ def problem(
 
     q, k, v = normal(rows, heads, m, d), normal(rows, heads, n, d), normal(rows, heads, n, d)
     table = (normal(d, BUCKETS) * d**-0.5).float()
-    return Problem(q, k, v, table, keys_at[:, n - m :], keys_at, normal(rows, heads, m, d))
+    return Problem(q, k, v, table, keys_at[:, asked or slice(n - m, None)], keys_at, normal(rows, heads, m, d))
 
 
 def results(given: Problem, attention: Any) -> list[Tensor]:
@@ -154,6 +155,13 @@ def test_prime_lengths_equal_the_definition(n: int, d: int) -> None:
 @pytest.mark.parametrize(("m", "n"), [(1, 50), (40, 50), (13, 67), (67, 131)])
 def test_fewer_queries_than_keys_equal_the_definition(m: int, n: int) -> None:
     assert_right(problem(rows=2, heads=1, m=m, n=n, d=16))
+
+
+@computes
+@pytest.mark.parametrize("n", [26, 65])
+def test_the_first_token_may_be_the_one_query(n: int) -> None:
+    """As where an encoder pools by its cls token."""
+    assert_right(problem(rows=2, heads=1, m=1, n=n, d=16, asked=slice(0, 1)))
 
 
 @computes

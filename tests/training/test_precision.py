@@ -18,7 +18,7 @@ class Told(nn.Module):
 
 
 def test_products_are_in_bfloat16_and_what_comes_in_is_not_rounded() -> None:
-    """Pixels of 16 bits differ by less than bfloat16 tells apart; so do numbers that decide for a sample."""
+    """Pixels that are floats differ by less than bfloat16 tells apart; so do numbers that decide for a sample."""
     fabric = make_fabric("cpu", "bf16")
     pixels = torch.tensor([[20001.0, 0.1234567, 65535.0]])
     torch.manual_seed(0)

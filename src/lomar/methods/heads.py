@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from lomar.methods.gathering import count_of_processes, summed
 
+BOTTLENECK = 256  # width of what DINO compares with its prototypes
+
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation over the batches of all processes.
@@ -31,9 +33,6 @@ class BatchNorm(nn.BatchNorm1d):
             self.num_batches_tracked.add_(1)
         normalised = centred * (variance + self.eps).rsqrt()
         return (normalised if self.weight is None else normalised * self.weight + self.bias).to(x.dtype)
-
-
-BOTTLENECK = 256  # width of what DINO compares with its prototypes
 
 
 class PrototypeHead(nn.Module):
@@ -65,7 +64,7 @@ class PrototypeHead(nn.Module):
         self.lengths = None if unit_length else nn.Parameter(torch.ones(prototypes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, K), cosines of the bottleneck's vectors with the prototypes, times these ones' lengths."""
+        """(B, D) -> (B, K), unit vectors of the bottleneck times the prototypes, of unit length or their own."""
         directions = nn.functional.normalize(self.prototypes)
         prototypes = directions if self.lengths is None else self.lengths * directions
         return nn.functional.linear(nn.functional.normalize(self.mlp(x)), prototypes)

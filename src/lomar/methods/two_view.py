@@ -336,6 +336,8 @@ class DINO(TwoView):
     def loss(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of an image over pairs of a large crop and another crop, and entropy of the targets.
 
+        In float32, of outputs as the heads gave them.
+
         Args:
             teacher: (B, 2, K), without gradient.
             student: (B, V, K), large crops first.
@@ -450,6 +452,8 @@ class MoCoV3(TwoView):
 
     def loss(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each query over the keys of all processes, times twice the temperature; its entropy.
+
+        In float32, of queries and keys as the heads gave them.
 
         Args:
             query: (B, K).

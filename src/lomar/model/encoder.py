@@ -224,7 +224,8 @@ class Encoder(Transformer):
     def forward(self, x: Tensor, paths: Tensor | None = None) -> Tensor:
         """(B, C, height, width) normalised images -> logits, or pooled features where there is no classifier.
 
-        Where the cls token is what is pooled, the last block works for it alone; that changes no number.
+        Where the cls token is what is pooled, the last block works for it alone, which changes nothing but what a hook
+        sees there; `forward_features` has it work for all.
 
         Args:
             x: the images.

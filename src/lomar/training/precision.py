@@ -8,8 +8,8 @@ from lightning_fabric.plugins.precision import MixedPrecision, Precision
 class Autocast(MixedPrecision):
     """Matrix products in bfloat16, and a method's input as it is: Fabric would round that too.
 
-    Pixels of 16 bits, the numbers that decide for a sample and soft labels are more than bfloat16's 8 bits can tell
-    apart.
+    Pixels that are floats, boxes, soft labels and the numbers that decide for a sample are more than bfloat16's 8 bits
+    can tell apart.
     """
 
     def __init__(self, device: str) -> None:
