@@ -250,6 +250,16 @@ def ends_itself(number: int) -> Callable[[], None]:
     return end
 
 
+def killed_with_the_lock() -> None:
+    """While it asks whether it is to end, which torch's loop does between batches."""
+    frame = sys._getframe()
+    while "done_event" not in frame.f_locals:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    frame.f_locals["done_event"]._cond.acquire()
+    ends_itself(signal.SIGKILL)()
+
+
 def out_of_memory() -> None:
     raise MemoryError
 
@@ -261,6 +271,7 @@ def out_of_memory_in_torch() -> None:
 LESS = "give fewer --workers, or a smaller --batch-size"
 FAILURES = {
     "killed": (ends_itself(signal.SIGKILL), f"was killed, most likely because the system's memory ran out; {LESS}"),
+    "killed with a lock": (killed_with_the_lock, "was killed, most likely because the system's memory ran out"),
     "crashed": (ends_itself(signal.SIGSEGV), "was ended by SIGSEGV; if it comes again, a decoder fails on one"),
     "no shared memory": (ends_itself(signal.SIGBUS), "has no shared memory (/dev/shm) left to hand over a batch"),
     "ended": (lambda: os._exit(3), "has ended with status 3; if it comes again, --workers 0 shows why"),

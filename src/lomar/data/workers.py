@@ -117,6 +117,8 @@ class _Team:
                 f"--workers is {loader.num_workers}, but the system starts no more processes ({reason}); give fewer"
             )
         self.workers = new()
+        if (event := getattr(made, "_workers_done_event", None)) is not None:
+            made._workers_done_event = _Ending(event)  # type: ignore[attr-defined]
         if handler is not None and self.workers and threading.current_thread() is threading.main_thread():
             _ChildEnded.put_in_the_place_of(handler)
         return made
@@ -164,6 +166,31 @@ class _Team:
             worker.kill()
         for worker in self.workers:
             worker.join(_LOOK_SECONDS)  # no longer: one that waits for a dead network drive does not end
+
+
+class _Ending:
+    """The event by which torch asks workers to end, in the place of its own.
+
+    That one is guarded by a lock, and so waits without end if a worker was killed that held it.
+
+    Args:
+        event: torch's, which the workers look at and this process alone sets.
+    """
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+        self._is_set = False
+
+    def is_set(self) -> bool:
+        """Whether workers were asked to end."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Ask them to."""
+        self._is_set = True
+        asking = threading.Thread(target=self._event.set, daemon=True)
+        asking.start()
+        asking.join(_LOOK_SECONDS)
 
 
 @dataclass(frozen=True)
