@@ -687,7 +687,11 @@ def test_several_are_worked_on_at_once_in_order_and_none_after_an_error() -> Non
 def test_who_stops_a_run_that_counts_its_images_waits_for_no_shard(server: Server, tmp_path: Path) -> None:
     server.slow_s = 60.0
     command = [sys.executable, "-m", "lomar", "pretrain", "--data", server.all, "--out", str(tmp_path / "run")]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def listen() -> None:  # a shell's background job passes on that Ctrl-C is none of its business
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     while not server.tars_got() and run.poll() is None:
         time.sleep(0.05)
     began = time.monotonic()
