@@ -26,6 +26,6 @@ def test_products_are_in_bfloat16_and_what_comes_in_is_not_rounded() -> None:
     came, told = fabric.setup(method)(pixels)
     assert torch.equal(came, pixels)
     rounded = nn.functional.linear(pixels.bfloat16(), method.linear.weight.bfloat16(), method.linear.bias.bfloat16())
-    torch.testing.assert_close(told, (rounded.float() - 1).square().sum(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(told, (rounded.float() - 1).square().sum(), rtol=5e-2, atol=0)
     exact = (method.linear(pixels) - 1).square().sum()
     assert told.dtype == torch.float32 and not torch.equal(told, exact)
