@@ -37,9 +37,9 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
 
 
 def batches(labelled: Labelled, augmentation: Augmentation, fmt: PixelFormat = RGB8, **words: int) -> list[MicroBatch]:
-    told = {name: words.pop(name) for name in ("depth",) if name in words}
+    depth = words.pop("depth", 0)
     batching = Batching(**({"seed": 5, "batch_size": 6, "micro_batch": 6, "total_batches": 4} | words))
-    return list(training_batches(labelled, fmt, augmentation, scaled, **({"depth": 0} | told), batching=batching))
+    return list(training_batches(labelled, fmt, augmentation, scaled, depth=depth, batching=batching))
 
 
 def joined(found: list[MicroBatch], name: str) -> torch.Tensor:

@@ -185,8 +185,7 @@ def settle(asked: Mapping[str, Any], run: Path, typed: Collection[str] = ()) -> 
             ) from None
         settled.options = PretrainOptions(**values | {"micro_batch": choices["micro_batch"].value})
     settled.notes = notes_on(found, choices, settled.options.image_size)
-    if recipe.objective:
-        settled.notes += told_of_length(recipe.objective, values, found.count)
+    settled.notes += told_of_length(recipe.objective, values, found.count)
     return settled
 
 

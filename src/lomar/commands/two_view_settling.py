@@ -84,7 +84,7 @@ def told_of_length(objective: str, values: Mapping[str, Any], count: int) -> lis
     """Lines for the user where a run is too short for its method.
 
     Args:
-        objective: one of `lomar.methods.recipes.OBJECTIVES`.
+        objective: "" for masked reconstruction, else one of `lomar.methods.recipes.OBJECTIVES`.
         values: of the options.
         count: images.
     """

@@ -94,11 +94,12 @@ def _crops(c: TwoViewComposition) -> list[tuple[int, int]]:
 
 def _crop_passages(c: TwoViewComposition, crops: list[tuple[int, int]]) -> list[Passage]:
     """How crops go through an encoder; its last block works for the cls token."""
-    found = []
-    for tokens, count in crops:
-        for queries, blocks in ((tokens, c.depth - 1), (1, 1)):
-            found += [Passage(tokens, queries, blocks, c.embed_dim, c.mlp_ratio, count)] if blocks else []
-    return found
+    found = [
+        Passage(tokens, queries, blocks, c.embed_dim, c.mlp_ratio, count)
+        for tokens, count in crops
+        for queries, blocks in ((tokens, c.depth - 1), (1, 1))
+    ]
+    return [passage for passage in found if passage.blocks]
 
 
 def image_tokens(c: Composition | TwoViewComposition) -> list[int]:
